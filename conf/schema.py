@@ -1,0 +1,295 @@
+"""The strict schema of a job and the one place of its defaults.
+
+Invariants: no torch, no ray, no file is opened here (paths are checked by trainer.config once the command
+knows it will run); every key is listed here or the job is refused (`extra="forbid"`); units are in the
+names. The only free-form place is `engine.extra_args`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys, non-finite numbers and silent conversions; immutable once built."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True
+    )
+
+
+class RunConfig(Strict):
+    """Where a job writes, and what it is called."""
+
+    name: FolderName | None = Field(
+        None, description="Folder name under run.dir; null makes one from experiment and time."
+    )
+    dir: str = Field("runs", description="Parent folder of all run folders.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seeds request uids, sampling noise and data order.")
+    exist: Literal["fail", "resume", "replace"] = Field(
+        "fail", description="What to do when the run folder exists; --resume is `resume`."
+    )
+
+
+class ModelConfig(Strict):
+    """The policy."""
+
+    path: str = Field(
+        "builtin:chain_sum",
+        description="Local folder, hub id, or builtin:chain_sum, the small policy shipped with the package.",
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    random_init: bool = Field(
+        False, description="Take only the architecture from model.path; seeded random weights."
+    )
+
+
+class TaskConfig(Strict):
+    """The built-in generated task (data.source=task)."""
+
+    name: Literal["chain_sum"] = "chain_sum"
+    num_train: PositiveInt = 64
+    num_validation: PositiveInt = 64
+    min_level: int = Field(1, ge=1, le=6)
+    max_level: int = Field(6, ge=1, le=6)
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _levels(self) -> TaskConfig:
+        if self.min_level > self.max_level:
+            raise ValueError(
+                f"data.task.min_level={self.min_level} is above data.task.max_level={self.max_level}"
+            )
+        return self
+
+
+class DataConfig(Strict):
+    """Prompts: verl-format parquet from a path or hub id, or the built-in task in the same format."""
+
+    source: Literal["task", "parquet"] = "task"
+    task: TaskConfig = TaskConfig()
+    train_path: str | None = Field(
+        None, description="Parquet file, folder of parquet files, or hub data set id."
+    )
+    validation_path: str | None = None
+    prompt_key: str = Field("prompt", description="Column with the list of {role, content} messages.")
+    max_prompt_tokens: PositiveInt = Field(
+        512, description="Longer prompts are counted, logged and left out."
+    )
+    shuffle: bool = True
+
+
+class RewardConfig(Strict):
+    """How a response becomes a number."""
+
+    rule: Literal["auto", "math", "exact", "custom"] = Field(
+        "auto", description="auto: by data_source and reward_model.style; custom: reward.function."
+    )
+    function: str | None = Field(None, description="Dotted path `package.module.function` (rule=custom).")
+    timeout_s: PositiveFloat = Field(10.0, description="Deadline for scoring one response.")
+
+
+class SamplingConfig(Strict):
+    """How the policy is sampled in training rollouts."""
+
+    num_samples_per_prompt: PositiveInt = 8
+    max_new_tokens: PositiveInt = 512
+    temperature: float = Field(1.0, ge=0, le=5)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: NonNegativeInt = 0
+
+
+class AlgoConfig(Strict):
+    """GRPO and its optimiser. Counts of prompts are prompts, counts of samples are samples."""
+
+    name: Literal["grpo"] = "grpo"
+    num_steps: PositiveInt = 32
+    num_prompts_per_step: PositiveInt = 16
+    num_updates_per_step: PositiveInt = Field(
+        1, description="Optimiser updates each step's samples are split into."
+    )
+    normalize_by_std: bool = Field(True, description="Divide the group advantage by its standard deviation.")
+    clip_ratio_low: Share = 0.2
+    clip_ratio_high: float = Field(
+        0.28, ge=0, le=10, description="Clip-higher (DAPO); equal to low for plain PPO."
+    )
+    dual_clip: float = Field(
+        10.0, gt=1, description="Lower bound on the loss of negative advantages, as in verl."
+    )
+    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    kl_coef: NonNegativeFloat = Field(
+        0.0, description="Weight of the KL to the initial policy; 0 holds no reference."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.95
+    grad_clip_norm: PositiveFloat = 1.0
+    max_tokens_per_microbatch: PositiveInt = Field(
+        8192, description="Padded tokens of one forward-backward pass."
+    )
+
+
+class EngineConfig(Strict):
+    """The rollout engine of each worker."""
+
+    name: Literal["torch"] = "torch"
+    max_live_requests: PositiveInt = Field(
+        64, description="Slots of the KV cache: requests decoded together."
+    )
+    max_forward_tokens: PositiveInt = Field(
+        512, description="Tokens in one forward pass, prefill chunks included."
+    )
+    kernels: Literal["auto", "native", "reference"] = Field(
+        "auto", description="auto: native where built for the device; reference: the plain twins."
+    )
+    extra_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the engine as they are.")
+
+
+class DrafterConfig(Strict):
+    """Who proposes draft tokens."""
+
+    name: Literal["off", "suffix", "ngram"] = "suffix"
+    window_epochs: PositiveInt = Field(
+        16, description="Rollouts of a prompt older than this many of its visits fade."
+    )
+    min_match: PositiveInt = Field(2, description="Shortest context suffix worth continuing.")
+    max_draft_tokens: PositiveInt = Field(32, description="Widest draft of one request in one step.")
+
+
+class BudgetConfig(Strict):
+    """How many draft tokens each live request gets."""
+
+    name: Literal["off", "fixed", "tail"] = "tail"
+    num_draft_tokens: NonNegativeInt = Field(8, description="fixed: draft tokens of every request.")
+    max_step_tokens: PositiveInt = Field(
+        128, description="tail: tokens per forward pass shared by the live requests."
+    )
+
+
+class ClusterConfig(Strict):
+    """Ray: a local one of our own, or an existing one by address."""
+
+    address: str | None = Field(
+        None, description="null starts a local Ray; `auto` or host:port joins a running one."
+    )
+    num_workers: PositiveInt = Field(2, description="Rollout workers.")
+    cpus_per_worker: PositiveFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+    threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")
+    cpus_for_learner: PositiveFloat = 1.0
+    gpus_for_learner: NonNegativeFloat = 0.0
+    threads_for_learner: PositiveInt = 2
+    start_timeout_s: PositiveFloat = Field(120.0, description="Deadline for Ray and all actors to be ready.")
+    rollout_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for the rollouts of one step.")
+    update_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for one policy update.")
+    dashboard: bool = False
+    dashboard_port: int = Field(8265, ge=1024, le=65535)
+
+
+class TrackingConfig(Strict):
+    """Console and JSONL are always on; this is about Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "slipstream"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class CheckpointConfig(Strict):
+    """What survives a crash."""
+
+    every_steps: NonNegativeInt = Field(10, description="0: only at the end.")
+    keep_last: PositiveInt = 2
+
+
+class ProofConfig(Strict):
+    """Replays of a step's requests with drafting off, before the weights move: same tokens, other time."""
+
+    every_steps: NonNegativeInt = Field(
+        0, description="0: never; n: every n-th step from proof.first_step on."
+    )
+    first_step: PositiveInt = 1
+
+    def steps(self, num_steps: int) -> range:
+        """The steps, counted from 1, that a job of `num_steps` steps replays."""
+        return range(self.first_step, num_steps + 1, self.every_steps) if self.every_steps else range(0)
+
+
+class Settings(Strict):
+    """A whole job."""
+
+    experiment_name: FolderName = Field(
+        "custom", description="Set by the experiment group; used in names and reports."
+    )
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    algo: AlgoConfig = AlgoConfig()
+    engine: EngineConfig = EngineConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    budget: BudgetConfig = BudgetConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    proof: ProofConfig = ProofConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Settings:
+        if self.data.source == "parquet" and not self.data.train_path:
+            raise ValueError(
+                "data.train_path is null; data.source=parquet needs a parquet path or a hub data set id"
+            )
+        if self.data.source == "task" and (self.data.train_path or self.data.validation_path):
+            raise ValueError(
+                f"data.train_path={self.data.train_path}, data.validation_path={self.data.validation_path}; "
+                "data.source=task generates its prompts; to read files choose data=parquet"
+            )
+        if self.reward.rule == "custom" and not self.reward.function:
+            raise ValueError("reward.function is null; reward.rule=custom needs a dotted path")
+        if self.reward.rule != "custom" and self.reward.function:
+            raise ValueError(
+                f"reward.function={self.reward.function} and reward.rule={self.reward.rule}; "
+                "a function of your own needs reward.rule=custom"
+            )
+        if self.sampling.num_samples_per_prompt < 2:
+            raise ValueError(
+                "sampling.num_samples_per_prompt=1; the group advantage of GRPO needs at least 2"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature=0; greedy samples of a group are all equal and carry no advantage"
+            )
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ValueError(
+                f"sampling.top_p={self.sampling.top_p}, sampling.top_k={self.sampling.top_k}; training needs "
+                "top_p=1 and top_k=0, because the loss compares log-probabilities of the whole distribution"
+            )
+        if self.engine.max_forward_tokens < self.engine.max_live_requests:
+            raise ValueError(
+                f"engine.max_forward_tokens={self.engine.max_forward_tokens} is below "
+                f"engine.max_live_requests={self.engine.max_live_requests}; every live request needs a "
+                "token in each forward pass"
+            )
+        samples = self.algo.num_prompts_per_step * self.sampling.num_samples_per_prompt
+        if samples % self.algo.num_updates_per_step:
+            raise ValueError(
+                f"algo.num_updates_per_step={self.algo.num_updates_per_step} does not divide the {samples} "
+                "samples of a step (algo.num_prompts_per_step x sampling.num_samples_per_prompt)"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Proposes draft tokens and learns from what was accepted; needs numpy only."""

@@ -1,0 +1,1 @@
+"""Questions with answers: one folder each, run by `slipstream bench NAME`."""

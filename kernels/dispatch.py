@@ -1,0 +1,182 @@
+"""Picks the implementation of each kernel and can say which and why.
+
+Invariants: an implementation asked for by name is used or refused with a KernelError, never replaced; `auto` may fall
+back, and `KernelSet.reason` says so. Every implementation gives the same tokens on the same logits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from slipstream.kernels import reference
+from slipstream.kernels.reference import SamplingRows, Verified
+
+try:
+    from slipstream.kernels import _native  # type: ignore[attr-defined]
+
+    NATIVE_ERROR = ""
+except ImportError as error:
+    _native = None
+    NATIVE_ERROR = str(error)
+
+KernelChoice = Literal["auto", "native", "reference"]
+
+
+class KernelError(RuntimeError):
+    """A kernel was asked for that this machine, device or dtype cannot run."""
+
+
+class KernelSet(Protocol):
+    """The kernels of one engine; shapes as in kernels/reference.py."""
+
+    name: str
+    reason: str
+
+    def append_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """See reference.append_kv."""
+
+    def ragged_attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """See reference.ragged_attention."""
+
+    def sample_verify(
+        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+    ) -> Verified:
+        """See reference.sample_verify; logits is a torch tensor on any device."""
+
+
+class ReferenceKernels:
+    """The plain twins, on any device and dtype."""
+
+    name = "reference"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        self.append_kv = reference.append_kv
+        self.ragged_attention = reference.ragged_attention
+
+    def sample_verify(
+        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+    ) -> Verified:
+        """Copies the logits to the host and runs the numpy twin."""
+        return reference.sample_verify(logits.float().cpu().numpy(), offsets, drafts, rows)
+
+
+class NativeKernels:
+    """C++ on the CPU, float32 cache."""
+
+    name = "native"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def append_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Writes the new tokens into the cache in place."""
+        _native.append_kv(
+            keys.numpy(),
+            values.numpy(),
+            new_keys.contiguous().numpy(),
+            new_values.contiguous().numpy(),
+            slots.numpy(),
+            positions.numpy(),
+        )
+
+    def ragged_attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
+        """Attention of packed tokens, bit-equal for every batch they come in."""
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        _native.ragged_attention(
+            query.numpy(),
+            keys.numpy(),
+            values.numpy(),
+            slots.numpy(),
+            positions.numpy(),
+            scale,
+            window,
+            softcap,
+            out.numpy(),
+        )
+        return out
+
+    def sample_verify(
+        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+    ) -> Verified:
+        """Samples and verifies in one call."""
+        num_rows, num_requests = logits.shape[0], len(offsets) - 1
+        out = Verified(
+            tokens=np.zeros(num_rows, np.int32),
+            logprobs=np.zeros(num_rows, np.float32),
+            count=np.zeros(num_requests, np.int32),
+            finish=np.zeros(num_requests, np.int8),
+        )
+        _native.sample_verify(
+            logits.float().contiguous().numpy(),
+            offsets,
+            drafts,
+            rows.seed,
+            rows.uid,
+            rows.position,
+            rows.temperature,
+            rows.top_p,
+            rows.top_k,
+            rows.remaining,
+            rows.stop_ids,
+            rows.stop_offsets,
+            out.tokens,
+            out.logprobs,
+            out.count,
+            out.finish,
+        )
+        return out
+
+
+def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> KernelSet:
+    """The kernels for one engine. Raises KernelError when `native` is asked for and cannot run."""
+    problem = ""
+    if _native is None:
+        problem = f"the native extension is not built ({NATIVE_ERROR})"
+    elif device.type != "cpu" or dtype != torch.float32:
+        problem = f"native kernels need float32 on the CPU, not {dtype} on {device}"
+    if choice == "native" and problem:
+        raise KernelError(f"engine.kernels=native: {problem}")
+    if choice == "reference":
+        return ReferenceKernels("asked for by engine.kernels=reference")
+    return ReferenceKernels(problem) if problem else NativeKernels("built, float32 on the CPU")

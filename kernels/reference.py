@@ -1,0 +1,217 @@
+"""The plain twin of every kernel: the specification that fast paths are tested against.
+
+Invariants
+- Noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) with key = seed and
+  counter = (vocabulary index // 4, position, uid low word, uid high word): a pure function of
+  (seed, uid, position, vocabulary index), equal on every device.
+- The token at a position is argmax(filtered_logits / T + gumbel): a draft is accepted iff it equals that token, so
+  no draft, batch or schedule can change a sample (law 1).
+- log p belongs to the distribution really sampled: after temperature, top-k and top-p (law 2). Greedy sampling is a
+  point mass: log p = 0.
+- Row i of a batch is computed without regard to any other row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+PHILOX_M0, PHILOX_M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+MASK32 = np.uint64(0xFFFFFFFF)
+
+FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ERROR = range(4)
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Ten rounds of Philox4x32. counter: [n, 4] uint32; key: two 32-bit words; returns [n, 4] uint32."""
+    c0, c1, c2, c3 = (counter[:, i].astype(np.uint64) for i in range(4))
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & MASK32,
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            p0 & MASK32,
+        )
+        k0, k1 = (k0 + PHILOX_W0) & 0xFFFFFFFF, (k1 + PHILOX_W1) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+
+
+def gumbel(seed: int, uid: int, position: int, vocab_size: int) -> np.ndarray:
+    """Gumbel(0, 1) noise of one position: [vocab_size] float32.
+
+    A 32-bit word b becomes u = (b + 1/2) / 2**32 in float64 (never 0 or 1), then -log(-log(u)), rounded once.
+    """
+    blocks = -(-vocab_size // 4)
+    counter = np.empty((blocks, 4), np.uint32)
+    counter[:, 0] = np.arange(blocks)
+    counter[:, 1] = position
+    counter[:, 2] = uid & 0xFFFFFFFF
+    counter[:, 3] = uid >> 32
+    bits = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1)[:vocab_size]
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-32
+    return (-np.log(-np.log(uniform))).astype(np.float32)
+
+
+def filter_mask(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which tokens may be sampled: [V] bool. scaled: [V] float32 logits / T.
+
+    top-k first, then top-p on what is left: the smallest prefix, by falling probability (ties: lower index first),
+    whose mass reaches top_p.
+    """
+    order = np.argsort(-scaled, kind="stable")
+    if top_k > 0:
+        order = order[:top_k]
+    if top_p < 1.0:
+        weight = np.exp(scaled[order].astype(np.float64) - float(scaled[order[0]]))
+        before = np.cumsum(weight) - weight
+        order = order[before < float(top_p) * weight.sum()]
+    mask = np.zeros(len(scaled), bool)
+    mask[order] = True
+    return mask
+
+
+def sample_row(
+    logits: np.ndarray, seed: int, uid: int, position: int, temperature: float, top_k: int, top_p: float
+) -> tuple[int, float]:
+    """One token and its log p. logits: [V] float32. Raises ValueError when no logit is finite or one is NaN."""
+    if np.isnan(logits).any() or np.isposinf(logits).any() or not np.isfinite(logits.max()):
+        raise ValueError("logits hold NaN or +inf, or no finite value")
+    if temperature == 0.0:
+        return int(np.argmax(logits)), 0.0
+    scaled = logits.astype(np.float32) / np.float32(temperature)
+    noisy = scaled + gumbel(seed, uid, position, len(scaled))
+    if top_k > 0 or top_p < 1.0:
+        mask = filter_mask(scaled, top_k, top_p)
+        noisy = np.where(mask, noisy, -np.inf)
+        kept = scaled[mask]
+    else:
+        kept = scaled
+    token = int(np.argmax(noisy))
+    peak = float(scaled.max())
+    mass = np.exp(kept.astype(np.float64) - peak).sum()
+    return token, float(scaled[token]) - peak - math.log(mass)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """Sampling parameters of the live requests as flat arrays, one row per request.
+
+    seed, uid: [B] uint64; position: [B] int32, response index of the first token to sample; temperature, top_p: [B]
+    float32; top_k: [B] int32; remaining: [B] int32, tokens still allowed, at least 1; stop_ids: [total] int32 and
+    stop_offsets: [B + 1] int32.
+    """
+
+    seed: np.ndarray
+    uid: np.ndarray
+    position: np.ndarray
+    temperature: np.ndarray
+    top_p: np.ndarray
+    top_k: np.ndarray
+    remaining: np.ndarray
+    stop_ids: np.ndarray
+    stop_offsets: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What one step committed: tokens [R] int32 and logprobs [R] float32 (of row offsets[i] + j for the j-th new
+    token of request i), count [B] int32 and finish [B] int8 (FINISH_*)."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    count: np.ndarray
+    finish: np.ndarray
+
+
+def sample_verify(logits: np.ndarray, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows) -> Verified:
+    """Samples the target along each draft and keeps the agreed prefix plus the first differing token.
+
+    logits: [R, V] float32; request i owns rows offsets[i]:offsets[i + 1] (at least one). Row j was computed with
+    drafts[:j] of its request in the context; drafts: [R] int32, the draft token fed after row j, -1 after the last.
+    """
+    num_rows, num_requests = len(logits), len(offsets) - 1
+    tokens, logprobs = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.float32)
+    count, finish = np.zeros(num_requests, np.int32), np.zeros(num_requests, np.int8)
+    for i in range(num_requests):
+        stops = rows.stop_ids[rows.stop_offsets[i] : rows.stop_offsets[i + 1]]
+        first = int(offsets[i])
+        for j in range(first, int(offsets[i + 1])):
+            try:
+                token, logprob = sample_row(
+                    logits[j],
+                    int(rows.seed[i]),
+                    int(rows.uid[i]),
+                    int(rows.position[i]) + j - first,
+                    float(rows.temperature[i]),
+                    int(rows.top_k[i]),
+                    float(rows.top_p[i]),
+                )
+            except ValueError:
+                finish[i] = FINISH_ERROR
+                break
+            tokens[j], logprobs[j] = token, logprob
+            count[i] += 1
+            if token in stops:
+                finish[i] = FINISH_STOP
+            elif count[i] >= rows.remaining[i]:
+                finish[i] = FINISH_LENGTH
+            if finish[i] or token != drafts[j]:
+                break
+    return Verified(tokens, logprobs, count, finish)
+
+
+def append_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Writes T tokens into the slot cache in place.
+
+    keys: [S, Hkv, D, L] (transposed: positions are contiguous); values: [S, Hkv, L, D]; new_keys, new_values:
+    [T, Hkv, D]; slots, positions: [T] int64.
+    """
+    keys[slots, :, :, positions] = new_keys
+    values[slots, :, positions, :] = new_values
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention of T packed tokens, each over its own slot.
+
+    query: [T, H, D]; keys: [S, Hkv, D, L]; values: [S, Hkv, L, D]; slots, positions: [T] int64. Token t attends to
+    positions max(0, p - window + 1) .. p of slot slots[t] (window 0: all), its own key included. Query head h reads
+    key-value head h // (H / Hkv). softcap c > 0 bounds the scores to c * tanh(score / c) (Gemma 2). Returns
+    [T, H, D].
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    kv_heads = keys.shape[1]
+    longest = int(positions.max()) + 1
+    grouped = query.view(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
+    scores = torch.matmul(grouped, keys[slots, :, :, :longest].to(query.dtype)) * scale
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(longest, device=query.device)
+    hidden = at[None, :] > positions[:, None]
+    if window > 0:
+        hidden |= at[None, :] <= positions[:, None] - window
+    scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    out = torch.matmul(weights, values[slots, :, :longest].to(query.dtype))
+    return out.reshape(num_tokens, num_heads, head_dim)

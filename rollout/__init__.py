@@ -1,0 +1,1 @@
+"""Turns requests into rollouts, fast, without changing one sampled token."""

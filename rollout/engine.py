@@ -1,0 +1,80 @@
+"""The Engine protocol: what turns requests into rollouts, whatever runs the model.
+
+Invariants: `step` performs at most one forward pass of the policy; every submitted request leaves exactly once, as
+a rollout returned by `step`, `abort` or `drain`; a request that cannot be served leaves with finish "error" and a
+reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from slipstream.rollout.types import Request, Rollout
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on; the message names the request or the setting at fault."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the last `stats(reset=True)`.
+
+    Seconds are wall time inside `step`: forward_s in the model, sample_s in sampling and verification, draft_s in
+    the drafter and the budget, other_s the rest. invalid_drafts: drafts cut at a token outside the vocabulary.
+    drafted_by_source and accepted_by_source: tokens per source name.
+    """
+
+    steps: int = 0
+    live_sum: int = 0
+    prefill_tokens: int = 0
+    forward_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    invalid_drafts: int = 0
+    draft_rounds: int = 0
+    rounds: int = 0
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+    draft_s: float = 0.0
+    other_s: float = 0.0
+    drafted_by_source: dict[str, int] = field(default_factory=dict)
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total_s(self) -> float:
+        """Wall seconds spent inside `step`."""
+        return self.forward_s + self.sample_s + self.draft_s + self.other_s
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Continuous batching over one copy of the policy."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests in the given order."""
+
+    def step(self) -> list[Rollout]:
+        """Advances every live request by at least one token; returns what finished."""
+
+    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replaces the policy's weights in place; tokens sampled from now on carry `version`."""
+
+    def update_draft(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replaces a learned drafter's weights; a no-op for drafters without weights."""
+
+    def abort(self, uids: Iterable[int]) -> list[Rollout]:
+        """Takes requests out, queued or live, and returns what they have with finish "abort"."""
+
+    def drain(self, timeout_s: float) -> list[Rollout]:
+        """Steps until nothing is queued or live; raises EngineError naming the rest when the deadline passes."""
+
+    def stats(self, reset: bool = False) -> EngineStats:
+        """Totals since the last reset."""

@@ -1,0 +1,145 @@
+"""A slot KV cache behind transformers' public Cache interface, written in place.
+
+Invariants
+- One slot holds one live request; a token's place is (slot, position) and is written before it is read.
+- Rewinding is free: what lies beyond a request's length is never attended to, so rejected drafts need no clearing.
+- The cache keeps every position, also for sliding-window layers (the window is applied by the attention), so a
+  rewind never meets an evicted key.
+- Packed layout: a step is one sequence [1, T] whose token t belongs to `StepPlaces.slots[t]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from slipstream.kernels.dispatch import KernelSet
+
+ATTENTION_NAME = "slipstream_ragged"
+
+
+@dataclass(slots=True)
+class StepPlaces:
+    """Where the tokens of the current forward pass live: slots, positions: [T] int64 on the cache's device."""
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's slots: keys [S, Hkv, D, L] (positions contiguous), values [S, Hkv, L, D]."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, owner: SlotKVCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates on the first write, when the layer's head count and width are known."""
+        owner, heads, dim = self.owner, key_states.shape[1], key_states.shape[3]
+        options = {"dtype": key_states.dtype, "device": key_states.device}
+        self.keys = torch.zeros(owner.num_slots, heads, dim, owner.max_len, **options)
+        self.values = torch.zeros(owner.num_slots, heads, owner.max_len, value_states.shape[3], **options)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores [1, Hkv, T, D] new keys and values at the step's places; returns the whole layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        places = self.owner.places
+        self.owner.kernels.append_kv(
+            self.keys,
+            self.values,
+            key_states[0].transpose(0, 1),
+            value_states[0].transpose(0, 1),
+            places.slots,
+            places.positions,
+        )
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Requests differ in length; positions are always given explicitly, so nothing may rely on this."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No mask tensor is ever built: causality comes from the positions."""
+        return query_length, 0
+
+    def get_max_cache_shape(self) -> int:
+        """Positions per slot."""
+        return self.owner.max_len
+
+
+class SlotKVCache(Cache):
+    """`num_slots` requests of up to `max_len` tokens each, over all layers of the model."""
+
+    def __init__(self, num_layers: int, num_slots: int, max_len: int, kernels: KernelSet) -> None:
+        self.num_slots, self.max_len, self.kernels = num_slots, max_len, kernels
+        empty = torch.zeros(0, dtype=torch.int64)
+        self.places = StepPlaces(empty, empty)
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def snapshot(self, slot: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy of the first `length` positions of a slot: the shared prefix of a group."""
+        return [
+            (layer.keys[slot, :, :, :length].clone(), layer.values[slot, :, :length].clone()) for layer in self.layers
+        ]
+
+    def restore(self, slot: int, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Writes a snapshot to the start of a slot."""
+        for layer, (keys, values) in zip(self.layers, prefix, strict=True):
+            layer.keys[slot, :, :, : keys.shape[-1]] = keys
+            layer.values[slot, :, : values.shape[-2]] = values
+
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if getattr(layer, "is_initialized", False)
+        )
+
+
+def ragged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    slot_cache: SlotKVCache | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over the slot cache. query: [1, H, T, D]; returns [1, T, H, D].
+
+    key and value are what SlotLayer.update returned; `slot_cache` arrives as a keyword of the model's forward call.
+    """
+    if slot_cache is None:
+        raise RuntimeError(f"attention {ATTENTION_NAME} needs slot_cache=... in the model's forward call")
+    if s_aux is not None:
+        raise NotImplementedError("models with attention sinks (s_aux) are not supported by the torch engine")
+    places = slot_cache.places
+    out = slot_cache.kernels.ragged_attention(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        places.slots,
+        places.positions,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, ragged_attention_forward)
+

@@ -1,0 +1,114 @@
+"""Packs the tokens of one forward pass; array work only, no Python per request.
+
+Invariants: rows of a request are contiguous and in order of position; a request gets draft rows only when its one
+pending token is in the pass; the packed length never exceeds max_forward_tokens before padding to ROW_MULTIPLE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slipstream.drafter.base import DraftBatch, Price
+from slipstream.rollout.slots import SlotTable
+
+ROW_MULTIPLE = 4
+"""Matrix products on the CPU use other code, with other rounding, for 1 to 3 rows or ragged rests of a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass.
+
+    token_ids, slots, positions: [T] int64, padded (padding lives in the spare slot, index num_slots).
+    live_slots: [B'] slots with at least one token in the pass. chunk_slots, chunk_sizes: prompt chunks that do not
+    reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets: [R' + 1] int64 into the
+    sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows: [R padded] int64, the
+    packed index of each sampled row. draft_counts, draft_sources: [R'].
+    """
+
+    token_ids: np.ndarray
+    slots: np.ndarray
+    positions: np.ndarray
+    live_slots: np.ndarray
+    chunk_slots: np.ndarray
+    chunk_sizes: np.ndarray
+    sampling_slots: np.ndarray
+    row_offsets: np.ndarray
+    row_drafts: np.ndarray
+    logit_rows: np.ndarray
+    draft_counts: np.ndarray
+    draft_sources: np.ndarray
+    num_prefill_tokens: int
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def _within(counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+
+
+def _share(wanted: np.ndarray, available: int) -> np.ndarray:
+    """Gives each row what it wants, in order, until `available` is used up."""
+    before = np.cumsum(wanted) - wanted
+    return np.clip(available - before, 0, wanted)
+
+
+def _write_drafts(table: SlotTable, slots: np.ndarray, drafts: DraftBatch, counts: np.ndarray) -> None:
+    row_of = np.repeat(np.arange(len(slots)), counts)
+    nth = _within(counts, _offsets(counts))
+    table.tokens[slots[row_of], table.length[slots][row_of] + nth] = drafts.tokens[row_of, nth]
+
+
+def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_forward_tokens: int) -> StepPlan:
+    """Chooses the tokens of the next pass: one per decoding request, then prompt chunks, then drafts.
+
+    Row i of `drafts` and `price` belongs to table.order[i]; price None means that nothing was drafted.
+    """
+    slots = table.order
+    pending = table.length[slots] - table.cached[slots]
+    take = np.minimum(pending, 1)
+    take += _share(pending - take, max_forward_tokens - len(slots))
+    complete = take == pending
+    counts = np.zeros(len(slots), np.int64)
+    if price is not None and drafts.count[: len(slots)].any():
+        wanted = np.where(complete, np.minimum(drafts.count[: len(slots)], price.max_draft), 0)
+        counts = _share(wanted.astype(np.int64), max_forward_tokens - int(take.sum()))
+        _write_drafts(table, slots, drafts, counts)
+    width = take + counts
+    offsets = _offsets(width)
+    nth = _within(width, offsets)
+    row_slots = np.repeat(slots, width)
+    positions = np.repeat(table.cached[slots], width) + nth
+    token_ids = table.tokens[row_slots, positions].astype(np.int64)
+
+    sampling = np.flatnonzero(complete)
+    rows = counts[sampling] + 1
+    row_offsets = _offsets(rows)
+    row_nth = _within(rows, row_offsets)
+    logit_rows = np.repeat(offsets[:-1][sampling] + take[sampling] - 1, rows) + row_nth
+    row_drafts = np.full(len(logit_rows), -1, np.int32)
+    has_next = row_nth < np.repeat(counts[sampling], rows)
+    row_drafts[has_next] = token_ids[logit_rows[has_next] + 1]
+    decoding = pending == 1
+    pad = -len(token_ids) % ROW_MULTIPLE
+    return StepPlan(
+        token_ids=np.concatenate([token_ids, np.zeros(pad, np.int64)]),
+        slots=np.concatenate([row_slots, np.full(pad, table.num_slots, np.int64)]),
+        positions=np.concatenate([positions, np.arange(pad)]),
+        live_slots=slots,
+        chunk_slots=slots[~complete],
+        chunk_sizes=take[~complete],
+        sampling_slots=slots[sampling],
+        row_offsets=row_offsets,
+        row_drafts=row_drafts,
+        logit_rows=np.concatenate([logit_rows, np.zeros(-len(logit_rows) % ROW_MULTIPLE, np.int64)]),
+        draft_counts=counts[sampling],
+        draft_sources=drafts.source[sampling],
+        num_prefill_tokens=int(take[~decoding].sum()),
+    )

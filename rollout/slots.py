@@ -1,0 +1,134 @@
+"""The live requests as flat arrays, so that a step needs no Python per request.
+
+Invariants
+- A slot is free or holds one request; `order` lists the taken slots in order of admission.
+- tokens[s, :length[s]] is prompt plus response; 0 <= cached[s] < length[s]: the keys and values of the first
+  cached[s] tokens are in the cache, the others are pending.
+- What lies beyond length[s] in any array is scratch (draft tokens are written there before they are verified).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slipstream.drafter.base import SOURCE_NAMES, LiveBatch
+from slipstream.kernels.reference import SamplingRows
+from slipstream.rollout.types import FinishReason, Request, Rollout, SpecStats
+
+
+class SlotTable:
+    """State of up to `num_slots` requests of up to `max_len` tokens."""
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        self.num_slots, self.max_len = num_slots, max_len
+        self.requests: list[Request | None] = [None] * num_slots
+        self.order = np.zeros(0, np.int64)
+        self.slot_of: dict[int, int] = {}
+        self._free = list(range(num_slots - 1, -1, -1))
+        self.tokens = np.zeros((num_slots, max_len), np.int32)
+        self.logprobs = np.zeros((num_slots, max_len), np.float32)
+        self.versions = np.zeros((num_slots, max_len), np.int32)
+        self.prompt_len = np.zeros(num_slots, np.int64)
+        self.length = np.zeros(num_slots, np.int64)
+        self.cached = np.zeros(num_slots, np.int64)
+        self.end = np.zeros(num_slots, np.int64)
+        self.uid = np.zeros(num_slots, np.int64)
+        self.seed = np.zeros(num_slots, np.uint64)
+        self.temperature = np.zeros(num_slots, np.float32)
+        self.top_p = np.zeros(num_slots, np.float32)
+        self.top_k = np.zeros(num_slots, np.int32)
+        self.rounds = np.zeros(num_slots, np.int64)
+        self.drafted = np.zeros(num_slots, np.int64)
+        self.accepted = np.zeros((num_slots, len(SOURCE_NAMES)), np.int64)
+        self.draft_s = np.zeros(num_slots, np.float64)
+        self.verify_s = np.zeros(num_slots, np.float64)
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a request."""
+        return len(self._free)
+
+    def admit(self, request: Request) -> int:
+        """Takes a free slot for `request`, nothing cached yet; returns the slot."""
+        slot = self._free.pop()
+        prompt_len, prefill_len = len(request.prompt), len(request.prefill)
+        sampling = request.sampling
+        self.requests[slot] = request
+        self.slot_of[request.uid] = slot
+        self.order = np.append(self.order, slot)
+        self.tokens[slot, :prompt_len] = request.prompt
+        self.tokens[slot, prompt_len : prompt_len + prefill_len] = request.prefill
+        self.prompt_len[slot] = prompt_len
+        self.length[slot] = prompt_len + prefill_len
+        self.cached[slot] = 0
+        self.end[slot] = min(prompt_len + sampling.max_new_tokens, self.max_len)
+        self.uid[slot], self.seed[slot] = request.uid, sampling.seed
+        self.temperature[slot], self.top_p[slot], self.top_k[slot] = (
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+        )
+        for counter in (self.rounds, self.drafted, self.accepted, self.draft_s, self.verify_s):
+            counter[slot] = 0
+        return slot
+
+    def live_batch(self, slots: np.ndarray) -> LiveBatch:
+        """What drafters and budgets see of these slots."""
+        length = self.length[slots]
+        return LiveBatch(
+            uids=self.uid[slots],
+            num_generated=(length - self.prompt_len[slots]).astype(np.int32),
+            num_remaining=(self.end[slots] - length).astype(np.int32),
+            context_len=length.astype(np.int32),
+        )
+
+    def sampling_rows(self, slots: np.ndarray) -> SamplingRows:
+        """Sampling parameters of these slots; noise positions are response indices."""
+        length = self.length[slots]
+        stops = [self._request(slot).sampling.stop_token_ids for slot in slots]
+        offsets = np.zeros(len(slots) + 1, np.int32)
+        np.cumsum([len(ids) for ids in stops], out=offsets[1:])
+        return SamplingRows(
+            seed=self.seed[slots],
+            uid=self.uid[slots].view(np.uint64),
+            position=(length - self.prompt_len[slots]).astype(np.int32),
+            temperature=self.temperature[slots],
+            top_p=self.top_p[slots],
+            top_k=self.top_k[slots],
+            remaining=(self.end[slots] - length).astype(np.int32),
+            stop_ids=np.fromiter((i for ids in stops for i in ids), np.int32),
+            stop_offsets=offsets,
+        )
+
+    def retire(self, slot: int, finish: FinishReason, error: str = "") -> Rollout:
+        """Frees the slot and returns what it holds as a rollout."""
+        request = self._request(slot)
+        first, last = int(self.prompt_len[slot]) + len(request.prefill), int(self.length[slot])
+        spec = SpecStats(
+            rounds=int(self.rounds[slot]),
+            drafted=int(self.drafted[slot]),
+            accepted=int(self.accepted[slot].sum()),
+            by_source={name: int(n) for name, n in zip(SOURCE_NAMES, self.accepted[slot], strict=True) if n},
+            draft_seconds=float(self.draft_s[slot]),
+            verify_seconds=float(self.verify_s[slot]),
+        )
+        rollout = Rollout(
+            request=request,
+            tokens=self.tokens[slot, first:last].copy(),
+            logprobs=self.logprobs[slot, first:last].copy(),
+            policy_versions=self.versions[slot, first:last].copy(),
+            finish=finish,
+            spec=spec,
+            error=error,
+        )
+        self.requests[slot] = None
+        del self.slot_of[request.uid]
+        self.order = self.order[self.order != slot]
+        self._free.append(slot)
+        return rollout
+
+    def _request(self, slot: int) -> Request:
+        request = self.requests[slot]
+        if request is None:
+            raise RuntimeError(f"slot {slot} holds no request")
+        return request

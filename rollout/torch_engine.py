@@ -1,0 +1,339 @@
+"""The embedded engine: continuous batching over any Hugging Face causal LM.
+
+Invariants
+- One step is one forward pass over a packed sequence [1, T]: pending tokens of every live request (a prompt chunk or
+  the last sampled token) followed by its draft tokens. The model sees positions; slots and causality are the cache's.
+- A request's tokens depend on its own rows only. On the CPU in float32 that holds to the bit: attention sums in a
+  fixed order and the packed length is padded to a multiple of ROW_MULTIPLE, for which matrix products give every
+  row the same bits whatever the number of rows.
+- Every submitted request leaves exactly once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, Price, Ragged
+from slipstream.kernels.dispatch import KernelChoice, select
+from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
+from slipstream.rollout.budget import BudgetPolicy
+from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache, StepPlaces
+from slipstream.rollout.packing import StepPlan, plan_step
+from slipstream.rollout.prefix import PrefixStore
+from slipstream.rollout.slots import SlotTable
+from slipstream.rollout.types import FinishReason, Request, Rollout
+
+FINISH_NAMES: dict[int, FinishReason] = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
+
+
+class TorchEngine:
+    """Engine over one model on one device; see rollout.engine.Engine.
+
+    model: any causal LM of transformers whose attention goes through its attention interface.
+    max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
+    context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
+    drafter, budget: both or neither.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_live_requests: int = 64,
+        max_len: int = 0,
+        max_forward_tokens: int = 512,
+        drafter: Drafter | None = None,
+        budget: BudgetPolicy | None = None,
+        max_draft_tokens: int = 32,
+        kernels: KernelChoice = "auto",
+        policy_version: int = 0,
+    ) -> None:
+        config = model.config.get_text_config()
+        context = int(config.max_position_embeddings)
+        if max_len > context:
+            raise EngineError(f"max_len={max_len} is above the model's context of {context} tokens")
+        if max_forward_tokens < max_live_requests:
+            raise EngineError(
+                f"engine.max_forward_tokens={max_forward_tokens} is below "
+                f"engine.max_live_requests={max_live_requests}: every live request needs a token per pass"
+            )
+        if (drafter is None) != (budget is None):
+            raise EngineError("a drafter needs a budget policy and the other way round")
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model = model.eval()
+        self.device, self.dtype = model.device, model.dtype
+        self.kernels = select(kernels, self.device, self.dtype)
+        self.vocab_size = int(config.vocab_size)
+        self.max_len = max_len or context
+        self.max_forward_tokens, self.max_draft_tokens = max_forward_tokens, max_draft_tokens
+        self.drafter, self.budget = drafter, budget
+        self.policy_version = policy_version
+        # One slot more than requests: the padding tokens of a pass live there.
+        self.cache = SlotKVCache(config.num_hidden_layers, max_live_requests + 1, self.max_len, self.kernels)
+        self.table = SlotTable(max_live_requests, self.max_len)
+        self.prefixes = PrefixStore(self.table, self.cache)
+        self._queue: deque[Request] = deque()
+        self._queued_uids: set[int] = set()
+        self._refused: list[Rollout] = []
+        self._drafts = DraftBatch.empty(max_live_requests, max_draft_tokens)
+        self._stats = EngineStats()
+        self._parameters = dict(model.state_dict(keep_vars=True))
+
+    # ---- the queue
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests; one that can never run comes back from the next step with finish "error".
+
+        Raises EngineError for a uid that is queued or live already.
+        """
+        for request in requests:
+            if request.uid in self._queued_uids or request.uid in self.table.slot_of:
+                raise EngineError(f"uid {request.uid} was submitted twice")
+            problem = self._problem(request)
+            if problem:
+                empty = np.zeros(0, np.int32)
+                self._refused.append(Rollout(request, empty, empty.astype(np.float32), empty, "error", error=problem))
+                self._stats.failed += 1
+                continue
+            self._queue.append(request)
+            self._queued_uids.add(request.uid)
+            self.prefixes.enqueue(request)
+
+    def _problem(self, request: Request) -> str:
+        prompt, context = request.prompt, len(request.prompt) + len(request.prefill)
+        if len(prompt) == 0:
+            return f"prompt {request.prompt_id} is empty"
+        if context >= self.max_len:
+            return f"prompt {request.prompt_id} has {context} tokens; the context holds {self.max_len} with the response"
+        if len(request.prefill) >= request.sampling.max_new_tokens:
+            return f"uid {request.uid} continues {len(request.prefill)} tokens; max_new_tokens leaves none to sample"
+        for name, ids in (("prompt", prompt), ("prefill", request.prefill)):
+            outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+            if len(outside):
+                return f"{name} of {request.prompt_id} holds token {outside[0]}; the vocabulary has {self.vocab_size}"
+        return ""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests queued or live, and refused ones not yet returned."""
+        return len(self._queue) + len(self.table.order) + len(self._refused)
+
+    def _admit(self) -> None:
+        waiting: list[Request] = []
+        while self._queue and self.table.num_free:
+            request = self._queue.popleft()
+            if self.prefixes.must_wait(request):
+                waiting.append(request)
+                continue
+            slot = self.table.admit(request)
+            self.prefixes.attach(request, slot)
+            self.prefixes.dequeue(request)
+            self._queued_uids.discard(request.uid)
+            if self.drafter is not None:
+                self.drafter.begin(request.uid, request.prompt_id, request.prompt)
+                if len(request.prefill):
+                    live = self.table.live_batch(np.array([slot]))
+                    self.drafter.extend(live, Ragged(request.prefill, np.array([0, len(request.prefill)])))
+        self._queue.extendleft(reversed(waiting))
+
+    # ---- one step
+
+    @torch.inference_mode()
+    def step(self) -> list[Rollout]:
+        """One forward pass: every live request advances by a prompt chunk or by at least one token."""
+        started = time.perf_counter()
+        refused, self._refused = self._refused, []
+        self._admit()
+        if not len(self.table.order):
+            return refused
+        drafting_from = time.perf_counter()
+        price = self._propose()
+        drafted_at = time.perf_counter()
+        plan = plan_step(self.table, self._drafts, price, self.max_forward_tokens)
+        forward_from = time.perf_counter()
+        logits = self._forward(plan)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        forward_to = time.perf_counter()
+        rows = self.table.sampling_rows(plan.sampling_slots)
+        verified = self.kernels.sample_verify(logits, plan.row_offsets, plan.row_drafts, rows)
+        sampled_at = time.perf_counter()
+        finished = self._commit(plan, verified)
+        extended_from = time.perf_counter()
+        self._extend(plan, verified)
+        extend_s = time.perf_counter() - extended_from
+        done = refused + self._retire(plan, finished)
+        draft_s = drafted_at - drafting_from + extend_s
+        self._account(plan, draft_s, forward_to - forward_from, sampled_at - forward_to, time.perf_counter() - started)
+        return done
+
+    def _propose(self) -> Price | None:
+        slots = self.table.order
+        self._drafts.clear(len(slots))
+        if self.drafter is None or self.budget is None:
+            return None
+        live = self.table.live_batch(slots)
+        price = self.budget.price(live)
+        pending = self.table.length[slots] - self.table.cached[slots]
+        limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
+        np.clip(limit, 0, self.max_draft_tokens, out=limit)
+        price = Price(limit.astype(np.int32), price.min_accept_prob)
+        if limit.any():
+            self.drafter.propose(live, price, self._drafts)
+            self._cut_invalid_drafts(len(slots))
+        return price
+
+    def _cut_invalid_drafts(self, rows: int) -> None:
+        """A draft ends before its first token outside the vocabulary: a drafter may be wrong, never harmful."""
+        tokens = self._drafts.tokens[:rows]
+        used = np.arange(tokens.shape[1]) < self._drafts.count[:rows, None]
+        invalid = used & ((tokens < 0) | (tokens >= self.vocab_size))
+        if invalid.any():
+            rows_hit = np.flatnonzero(invalid.any(axis=1))
+            self._stats.invalid_drafts += len(rows_hit)
+            self._drafts.count[rows_hit] = invalid[rows_hit].argmax(axis=1)
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        to = {"device": self.device, "non_blocking": True}
+        positions = torch.from_numpy(plan.positions).to(**to)
+        self.cache.places = StepPlaces(torch.from_numpy(plan.slots).to(**to), positions)
+        output = self.model(
+            input_ids=torch.from_numpy(plan.token_ids).to(**to)[None],
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=torch.from_numpy(plan.logit_rows).to(**to),
+            slot_cache=self.cache,
+        )
+        return output.logits[0, : len(plan.row_drafts)]
+
+    def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
+        """Writes the new tokens; returns the finish code of every sampling slot."""
+        table, slots, count = self.table, plan.sampling_slots, verified.count
+        table.cached[plan.chunk_slots] += plan.chunk_sizes
+        row_of = np.repeat(np.arange(len(slots)), count)
+        nth = np.arange(len(row_of)) - np.repeat(np.cumsum(count) - count, count)
+        source = plan.row_offsets[:-1][row_of] + nth
+        where = slots[row_of], table.length[slots][row_of] + nth
+        table.tokens[where] = verified.tokens[source]
+        table.logprobs[where] = verified.logprobs[source]
+        table.versions[where] = self.policy_version
+        table.length[slots] += count
+        table.cached[slots] = table.length[slots] - 1
+        accepted = np.maximum(count - 1, 0)
+        table.rounds[slots] += count > 0
+        table.drafted[slots] += plan.draft_counts
+        table.accepted[slots, plan.draft_sources] += accepted
+        stats = self._stats
+        stats.generated_tokens += int(count.sum())
+        stats.rounds += int((count > 0).sum())
+        stats.drafted += int(plan.draft_counts.sum())
+        stats.accepted += int(accepted.sum())
+        stats.draft_rounds += int((plan.draft_counts > 0).sum())
+        for code in np.unique(plan.draft_sources[plan.draft_counts > 0]):
+            mine, name = plan.draft_sources == code, SOURCE_NAMES[code]
+            for totals, amount in (
+                (stats.drafted_by_source, plan.draft_counts[mine].sum()),
+                (stats.accepted_by_source, accepted[mine].sum()),
+            ):
+                totals[name] = totals.get(name, 0) + int(amount)
+        return verified.finish
+
+    def _extend(self, plan: StepPlan, verified: Verified) -> None:
+        if self.drafter is None or not len(plan.sampling_slots):
+            return
+        offsets = np.zeros(len(verified.count) + 1, np.int64)
+        np.cumsum(verified.count, out=offsets[1:])
+        taken = np.arange(offsets[-1]) + np.repeat(plan.row_offsets[:-1] - offsets[:-1], verified.count)
+        self.drafter.extend(self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets))
+
+    def _retire(self, plan: StepPlan, finish: np.ndarray) -> list[Rollout]:
+        done = []
+        for i in np.flatnonzero(finish):
+            reason = FINISH_NAMES[int(finish[i])]
+            error = "the model returned NaN, +inf or no finite logit" if reason == "error" else ""
+            done.append(self._release(int(plan.sampling_slots[i]), reason, error))
+        return done
+
+    def _release(self, slot: int, reason: FinishReason, error: str = "") -> Rollout:
+        self.prefixes.before_retire(slot)
+        rollout = self.table.retire(slot, reason, error)
+        if self.drafter is not None:
+            self.drafter.end(rollout.request.uid, finished=reason in ("stop", "length"))
+        self._stats.failed += reason == "error"
+        self._stats.finished += reason in ("stop", "length")
+        return rollout
+
+    def _account(self, plan: StepPlan, draft_s: float, forward_s: float, sample_s: float, total_s: float) -> None:
+        stats, live = self._stats, plan.live_slots
+        stats.steps += 1
+        stats.live_sum += len(live)
+        stats.prefill_tokens += plan.num_prefill_tokens
+        stats.forward_tokens += len(plan.token_ids)
+        stats.forward_s += forward_s
+        stats.sample_s += sample_s
+        stats.draft_s += draft_s
+        stats.other_s += total_s - draft_s - forward_s - sample_s
+        self.table.draft_s[live] += draft_s / len(live)
+        self.table.verify_s[live] += (forward_s + sample_s) / len(live)
+
+    # ---- weights, aborting, draining
+
+    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor."""
+        unknown = sorted(set(weights) - set(self._parameters))
+        if unknown:
+            raise EngineError(f"weights of version {version} hold {unknown[0]!r}, which the model does not have")
+        tied = {id(self._parameters[name]) for name in weights}
+        missing = sorted(name for name, tensor in self._parameters.items() if id(tensor) not in tied)
+        if missing:
+            raise EngineError(f"weights of version {version} lack {missing[0]!r}")
+        for name, tensor in weights.items():
+            if tensor.shape != self._parameters[name].shape:
+                raise EngineError(
+                    f"weights of version {version}: {name!r} is {tuple(tensor.shape)}, "
+                    f"the model has {tuple(self._parameters[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                self._parameters[name].copy_(tensor)
+        self.policy_version = version
+        self.prefixes.forget()
+
+    def update_draft(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """History drafters have no weights: nothing to do."""
+
+    def abort(self, uids: Iterable[int]) -> list[Rollout]:
+        """Takes requests out, queued or live; unknown uids are ignored."""
+        wanted, out = set(uids), []
+        for request in [r for r in self._queue if r.uid in wanted]:
+            self._queue.remove(request)
+            self._queued_uids.discard(request.uid)
+            self.prefixes.dequeue(request)
+            empty = np.zeros(0, np.int32)
+            out.append(Rollout(request, empty, empty.astype(np.float32), empty, "abort"))
+        return out + [self._release(self.table.slot_of[u], "abort") for u in wanted if u in self.table.slot_of]
+
+    def drain(self, timeout_s: float) -> list[Rollout]:
+        """Steps until all requests are finished."""
+        deadline, done = time.monotonic() + timeout_s, []
+        while self.num_unfinished:
+            done += self.step()
+            if time.monotonic() > deadline and self.num_unfinished:
+                left = [r.uid for r in self._queue] + list(self.table.slot_of)
+                raise EngineError(f"drain: {len(left)} requests unfinished after {timeout_s:g} s, first uid {left[0]}")
+        return done
+
+    def stats(self, reset: bool = False) -> EngineStats:
+        """Totals since the last reset."""
+        current = self._stats
+        if reset:
+            self._stats = EngineStats()
+        return current

@@ -1,0 +1,132 @@
+"""Advantages, policy loss, KL and aggregation agree with verl's own functions to 1e-6 on ragged batches."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.trainer.advantages import grpo_advantages
+from slipstream.trainer.losses import (
+    Aggregation,
+    KlEstimator,
+    aggregate,
+    kl_penalty,
+    policy_loss,
+    token_logprobs,
+)
+
+pytest.importorskip("verl", reason="compares with verl; install the extra: pip install 'slipstream[verl]'")
+from verl.trainer.ppo import core_algos
+from verl.utils import torch_functional
+from verl.workers.config import FSDPActorConfig
+
+TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
+
+
+def ragged_batch(seed: int) -> dict[str, torch.Tensor]:
+    """Rows of 0 to 17 tokens, ratios on both sides of every clip, advantages of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = 9, 17
+    lengths = torch.randint(1, width + 1, (rows, 1), generator=generator)
+    lengths[seed % rows] = 0
+    old_logp = -torch.rand((rows, width), generator=generator, dtype=torch.float64) * 6
+    return {
+        "old_logp": old_logp,
+        "logp": old_logp + torch.randn(old_logp.shape, generator=generator, dtype=torch.float64),
+        "advantages": torch.randn((rows, 1), generator=generator, dtype=torch.float64).expand(rows, width),
+        "mask": (torch.arange(width) < lengths).to(torch.float64),
+    }
+
+
+def verl_actor(mask: torch.Tensor, low: float, high: float, dual: float) -> Any:
+    """verl's actor settings with the totals of the whole step filled in."""
+    config = FSDPActorConfig(
+        strategy="fsdp",
+        ppo_micro_batch_size_per_gpu=1,
+        rollout_n=4,
+        clip_ratio=low,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=dual,
+    )
+    config.global_batch_info.update(
+        dp_size=1,
+        batch_num_tokens=int(mask.sum()),
+        global_batch_size=int(mask.any(-1).sum()),
+        loss_scale_factor=None,
+    )
+    return config
+
+
+@pytest.mark.parametrize("normalize_by_std", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_grpo_advantages(seed: int, normalize_by_std: bool) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, 7, 40)
+    rewards = rng.choice([0.0, 1.0], 40) if seed % 2 else rng.normal(size=40)
+    # A group of one and a group of equal rewards, each a rule of its own.
+    groups[0], rewards[0] = 100, 0.7
+    groups[1:4], rewards[1:4] = 101, 1.0
+    mask = torch.ones(40, 1, dtype=torch.float64)
+    expected, _ = core_algos.compute_grpo_outcome_advantage(
+        torch.tensor(rewards)[:, None], mask, groups, norm_adv_by_std_in_grpo=normalize_by_std
+    )
+    advantages, _ = grpo_advantages(rewards, groups, normalize_by_std)
+    np.testing.assert_allclose(advantages, expected[:, 0].numpy(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", get_args(Aggregation))
+@pytest.mark.parametrize(("low", "high", "dual"), [(0.2, 0.28, 10.0), (0.2, 0.2, 3.0), (0.1, 5.0, 1.5)])
+def test_policy_loss_and_gradient(mode: Aggregation, low: float, high: float, dual: float) -> None:
+    for seed in range(4):
+        batch = ragged_batch(seed)
+        mask = batch["mask"]
+        theirs = batch["logp"].clone().requires_grad_()
+        expected, expected_metrics = core_algos.compute_policy_loss_vanilla(
+            old_log_prob=batch["old_logp"],
+            log_prob=theirs,
+            advantages=batch["advantages"],
+            response_mask=mask,
+            loss_agg_mode=mode,
+            config=verl_actor(mask, low, high, dual),
+        )
+        expected.backward()
+
+        ours = batch["logp"].clone().requires_grad_()
+        losses, metrics = policy_loss(
+            ours, batch["old_logp"], batch["advantages"], mask, low, high, dual, int(mask.sum())
+        )
+        loss = aggregate(losses, mask, mode, int(mask.sum()), int(mask.any(-1).sum()))
+        loss.backward()
+
+        torch.testing.assert_close(loss, expected, **TOLERANCE)
+        torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
+        assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+            expected_metrics, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("estimator", get_args(KlEstimator))
+def test_kl_penalty(estimator: KlEstimator) -> None:
+    for scale in (0.1, 1.0, 30.0):
+        batch = ragged_batch(seed=3)
+        theirs, ours = (batch["logp"].clone().requires_grad_() for _ in range(2))
+        expected = core_algos.kl_penalty(theirs, batch["old_logp"] * scale, estimator)
+        value = kl_penalty(ours, batch["old_logp"] * scale, estimator)
+        torch.testing.assert_close(value, expected, **TOLERANCE)
+        expected.sum().backward()
+        value.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
+
+
+def test_token_logprobs_and_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((4, 6, 50), generator=generator, dtype=torch.float64) * 4
+    targets = torch.randint(0, 50, (4, 6), generator=generator)
+    logp, entropy = token_logprobs(logits, targets, temperature=0.6)
+    expected = torch_functional.logprobs_from_logits(logits / 0.6, targets, inplace_backward=False)
+    torch.testing.assert_close(logp, expected, **TOLERANCE)
+    torch.testing.assert_close(entropy, torch_functional.entropy_from_logits(logits / 0.6), **TOLERANCE)

@@ -1,0 +1,1 @@
+"""Prompts, built-in tasks, tokenizers and rewards."""
