@@ -15,7 +15,9 @@ class BuildNative(build_ext):
         try:
             super().build_extensions()
         except Exception as error:
-            raise SystemExit(f"slipstream: building kernels/csrc needs a C++17 compiler (g++ or clang++): {error}") from error
+            raise SystemExit(
+                f"slipstream: building kernels/csrc needs a C++17 compiler (g++ or clang++): {error}"
+            ) from error
 
 
 setup(

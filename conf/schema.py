@@ -22,9 +22,7 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 class Strict(BaseModel):
     """Refuses unknown keys, non-finite numbers and silent conversions; immutable once built."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True)
 
 
 class RunConfig(Strict):
@@ -48,9 +46,7 @@ class ModelConfig(Strict):
         description="Local folder, hub id, or builtin:chain_sum, the small policy shipped with the package.",
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
-    random_init: bool = Field(
-        False, description="Take only the architecture from model.path; seeded random weights."
-    )
+    random_init: bool = Field(False, description="Take only the architecture from model.path; seeded random weights.")
 
 
 class TaskConfig(Strict):
@@ -66,9 +62,7 @@ class TaskConfig(Strict):
     @model_validator(mode="after")
     def _levels(self) -> TaskConfig:
         if self.min_level > self.max_level:
-            raise ValueError(
-                f"data.task.min_level={self.min_level} is above data.task.max_level={self.max_level}"
-            )
+            raise ValueError(f"data.task.min_level={self.min_level} is above data.task.max_level={self.max_level}")
         return self
 
 
@@ -77,14 +71,10 @@ class DataConfig(Strict):
 
     source: Literal["task", "parquet"] = "task"
     task: TaskConfig = TaskConfig()
-    train_path: str | None = Field(
-        None, description="Parquet file, folder of parquet files, or hub data set id."
-    )
+    train_path: str | None = Field(None, description="Parquet file, folder of parquet files, or hub data set id.")
     validation_path: str | None = None
     prompt_key: str = Field("prompt", description="Column with the list of {role, content} messages.")
-    max_prompt_tokens: PositiveInt = Field(
-        512, description="Longer prompts are counted, logged and left out."
-    )
+    max_prompt_tokens: PositiveInt = Field(512, description="Longer prompts are counted, logged and left out.")
     shuffle: bool = True
 
 
@@ -114,21 +104,13 @@ class AlgoConfig(Strict):
     name: Literal["grpo"] = "grpo"
     num_steps: PositiveInt = 32
     num_prompts_per_step: PositiveInt = 16
-    num_updates_per_step: PositiveInt = Field(
-        1, description="Optimiser updates each step's samples are split into."
-    )
+    num_updates_per_step: PositiveInt = Field(1, description="Optimiser updates each step's samples are split into.")
     normalize_by_std: bool = Field(True, description="Divide the group advantage by its standard deviation.")
     clip_ratio_low: Share = 0.2
-    clip_ratio_high: float = Field(
-        0.28, ge=0, le=10, description="Clip-higher (DAPO); equal to low for plain PPO."
-    )
-    dual_clip: float = Field(
-        10.0, gt=1, description="Lower bound on the loss of negative advantages, as in verl."
-    )
+    clip_ratio_high: float = Field(0.28, ge=0, le=10, description="Clip-higher (DAPO); equal to low for plain PPO.")
+    dual_clip: float = Field(10.0, gt=1, description="Lower bound on the loss of negative advantages, as in verl.")
     loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
-    kl_coef: NonNegativeFloat = Field(
-        0.0, description="Weight of the KL to the initial policy; 0 holds no reference."
-    )
+    kl_coef: NonNegativeFloat = Field(0.0, description="Weight of the KL to the initial policy; 0 holds no reference.")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: NonNegativeInt = 0
@@ -137,21 +119,15 @@ class AlgoConfig(Strict):
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.95
     grad_clip_norm: PositiveFloat = 1.0
-    max_tokens_per_microbatch: PositiveInt = Field(
-        8192, description="Padded tokens of one forward-backward pass."
-    )
+    max_tokens_per_microbatch: PositiveInt = Field(8192, description="Padded tokens of one forward-backward pass.")
 
 
 class EngineConfig(Strict):
     """The rollout engine of each worker."""
 
     name: Literal["torch"] = "torch"
-    max_live_requests: PositiveInt = Field(
-        64, description="Slots of the KV cache: requests decoded together."
-    )
-    max_forward_tokens: PositiveInt = Field(
-        512, description="Tokens in one forward pass, prefill chunks included."
-    )
+    max_live_requests: PositiveInt = Field(64, description="Slots of the KV cache: requests decoded together.")
+    max_forward_tokens: PositiveInt = Field(512, description="Tokens in one forward pass, prefill chunks included.")
     kernels: Literal["auto", "native", "reference"] = Field(
         "auto", description="auto: native where built for the device; reference: the plain twins."
     )
@@ -162,9 +138,7 @@ class DrafterConfig(Strict):
     """Who proposes draft tokens."""
 
     name: Literal["off", "suffix", "ngram"] = "suffix"
-    window_epochs: PositiveInt = Field(
-        16, description="Rollouts of a prompt older than this many of its visits fade."
-    )
+    window_epochs: PositiveInt = Field(16, description="Rollouts of a prompt older than this many of its visits fade.")
     min_match: PositiveInt = Field(2, description="Shortest context suffix worth continuing.")
     max_draft_tokens: PositiveInt = Field(32, description="Widest draft of one request in one step.")
 
@@ -174,17 +148,13 @@ class BudgetConfig(Strict):
 
     name: Literal["off", "fixed", "tail"] = "tail"
     num_draft_tokens: NonNegativeInt = Field(8, description="fixed: draft tokens of every request.")
-    max_step_tokens: PositiveInt = Field(
-        128, description="tail: tokens per forward pass shared by the live requests."
-    )
+    max_step_tokens: PositiveInt = Field(128, description="tail: tokens per forward pass shared by the live requests.")
 
 
 class ClusterConfig(Strict):
     """Ray: a local one of our own, or an existing one by address."""
 
-    address: str | None = Field(
-        None, description="null starts a local Ray; `auto` or host:port joins a running one."
-    )
+    address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
@@ -219,9 +189,7 @@ class CheckpointConfig(Strict):
 class ProofConfig(Strict):
     """Replays of a step's requests with drafting off, before the weights move: same tokens, other time."""
 
-    every_steps: NonNegativeInt = Field(
-        0, description="0: never; n: every n-th step from proof.first_step on."
-    )
+    every_steps: NonNegativeInt = Field(0, description="0: never; n: every n-th step from proof.first_step on.")
     first_step: PositiveInt = 1
 
     def steps(self, num_steps: int) -> range:
@@ -232,9 +200,7 @@ class ProofConfig(Strict):
 class Settings(Strict):
     """A whole job."""
 
-    experiment_name: FolderName = Field(
-        "custom", description="Set by the experiment group; used in names and reports."
-    )
+    experiment_name: FolderName = Field("custom", description="Set by the experiment group; used in names and reports.")
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -252,9 +218,7 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _cross_checks(self) -> Settings:
         if self.data.source == "parquet" and not self.data.train_path:
-            raise ValueError(
-                "data.train_path is null; data.source=parquet needs a parquet path or a hub data set id"
-            )
+            raise ValueError("data.train_path is null; data.source=parquet needs a parquet path or a hub data set id")
         if self.data.source == "task" and (self.data.train_path or self.data.validation_path):
             raise ValueError(
                 f"data.train_path={self.data.train_path}, data.validation_path={self.data.validation_path}; "
@@ -268,13 +232,9 @@ class Settings(Strict):
                 "a function of your own needs reward.rule=custom"
             )
         if self.sampling.num_samples_per_prompt < 2:
-            raise ValueError(
-                "sampling.num_samples_per_prompt=1; the group advantage of GRPO needs at least 2"
-            )
+            raise ValueError("sampling.num_samples_per_prompt=1; the group advantage of GRPO needs at least 2")
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0; greedy samples of a group are all equal and carry no advantage"
-            )
+            raise ValueError("sampling.temperature=0; greedy samples of a group are all equal and carry no advantage")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError(
                 f"sampling.top_p={self.sampling.top_p}, sampling.top_k={self.sampling.top_k}; training needs "

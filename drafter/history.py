@@ -67,7 +67,9 @@ class HistoryLog:
         offsets, steps, uids = arrays["offsets"], arrays["steps"], arrays["uids"]
         names = arrays["prompt_ids"].tobytes().decode().split("\n") if len(steps) else []
         if not len(names) == len(steps) == len(uids) == len(offsets) - 1 or offsets[-1] != len(arrays["tokens"]):
-            raise ValueError(f"history arrays disagree: {len(names)} prompts, {len(steps)} steps, {len(offsets)} offsets")
+            raise ValueError(
+                f"history arrays disagree: {len(names)} prompts, {len(steps)} steps, {len(offsets)} offsets"
+            )
         return [
             HistoryRecord(name, int(steps[i]), int(uids[i]), arrays["tokens"][offsets[i] : offsets[i + 1]])
             for i, name in enumerate(names)

@@ -40,9 +40,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"bench {name}: no such bench; {_allowed(name, list(benches))}")
     module = import_module(f"slipstream.experiments.{name}.run")
     parser = OneLineParser(prog=f"slipstream bench {name}", description=benches[name], allow_abbrev=False)
-    parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write the result, hardware and commit here"
-    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result, hardware and commit here")
     module.add_arguments(parser)
     args = parser.parse_args(list(argv[1:]))
     if args.json and not args.json.absolute().parent.is_dir():
@@ -84,9 +82,7 @@ def write_result(path: Path, name: str, result: dict[str, Any], argv: Sequence[s
 
 def describe_hardware() -> dict[str, Any]:
     """cpu model, usable cores, memory in GiB and the GPUs (None without any)."""
-    cpu = [
-        line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
-    ]
+    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory_kib = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
         "cpu": cpu[0] if cpu else platform.processor() or platform.machine(),
@@ -151,6 +147,4 @@ def _number(value: Any) -> Any:
     """numpy scalars and arrays know how to become plain Python."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(
-        f"a bench returned {type(value).__name__}; allowed: numbers, text, lists and dictionaries"
-    )
+    raise TypeError(f"a bench returned {type(value).__name__}; allowed: numbers, text, lists and dictionaries")

@@ -23,6 +23,9 @@ PHILOX_M0, PHILOX_M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 MASK32 = np.uint64(0xFFFFFFFF)
 
+KEY_BLOCK = 16
+"""Positions that lie side by side in the key cache: the lanes of the native kernel."""
+
 FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ERROR = range(4)
 
 
@@ -176,10 +179,10 @@ def append_kv(
 ) -> None:
     """Writes T tokens into the slot cache in place.
 
-    keys: [S, Hkv, D, L] (transposed: positions are contiguous); values: [S, Hkv, L, D]; new_keys, new_values:
-    [T, Hkv, D]; slots, positions: [T] int64.
+    keys: [S, Hkv, L / KEY_BLOCK, D, KEY_BLOCK]: KEY_BLOCK neighbouring positions side by side; values: [S, Hkv, L, D];
+    new_keys, new_values: [T, Hkv, D]; slots, positions: [T] int64.
     """
-    keys[slots, :, :, positions] = new_keys
+    keys[slots, :, positions // KEY_BLOCK, :, positions % KEY_BLOCK] = new_keys
     values[slots, :, positions, :] = new_values
 
 
@@ -195,16 +198,17 @@ def ragged_attention(
 ) -> torch.Tensor:
     """Causal attention of T packed tokens, each over its own slot.
 
-    query: [T, H, D]; keys: [S, Hkv, D, L]; values: [S, Hkv, L, D]; slots, positions: [T] int64. Token t attends to
-    positions max(0, p - window + 1) .. p of slot slots[t] (window 0: all), its own key included. Query head h reads
-    key-value head h // (H / Hkv). softcap c > 0 bounds the scores to c * tanh(score / c) (Gemma 2). Returns
-    [T, H, D].
+    query: [T, H, D]; keys, values: as in append_kv; slots, positions: [T] int64. Token t attends to positions
+    max(0, p - window + 1) .. p of slot slots[t] (window 0: all), its own key included. Query head h reads key-value
+    head h // (H / Hkv). softcap c > 0 bounds the scores to c * tanh(score / c) (Gemma 2). Returns [T, H, D].
     """
     num_tokens, num_heads, head_dim = query.shape
     kv_heads = keys.shape[1]
     longest = int(positions.max()) + 1
     grouped = query.view(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
-    scores = torch.matmul(grouped, keys[slots, :, :, :longest].to(query.dtype)) * scale
+    blocks = keys[slots, :, : -(-longest // KEY_BLOCK)]
+    by_position = blocks.transpose(2, 3).flatten(3)[..., :longest]
+    scores = torch.matmul(grouped, by_position.to(query.dtype)) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(longest, device=query.device)

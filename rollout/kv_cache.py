@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from slipstream.kernels.dispatch import KernelSet
+from slipstream.kernels.reference import KEY_BLOCK
 
 ATTENTION_NAME = "slipstream_ragged"
 
@@ -31,7 +32,7 @@ class StepPlaces:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's slots: keys [S, Hkv, D, L] (positions contiguous), values [S, Hkv, L, D]."""
+    """One layer's slots: keys [S, Hkv, L / 16, D, 16], values [S, Hkv, L, D]; see kernels.reference.append_kv."""
 
     is_compileable = False
     is_sliding = False
@@ -44,8 +45,9 @@ class SlotLayer(CacheLayerMixin):
         """Allocates on the first write, when the layer's head count and width are known."""
         owner, heads, dim = self.owner, key_states.shape[1], key_states.shape[3]
         options = {"dtype": key_states.dtype, "device": key_states.device}
-        self.keys = torch.zeros(owner.num_slots, heads, dim, owner.max_len, **options)
-        self.values = torch.zeros(owner.num_slots, heads, owner.max_len, value_states.shape[3], **options)
+        blocks = -(-owner.max_len // KEY_BLOCK)
+        self.keys = torch.zeros(owner.num_slots, heads, blocks, dim, KEY_BLOCK, **options)
+        self.values = torch.zeros(owner.num_slots, heads, blocks * KEY_BLOCK, value_states.shape[3], **options)
         self.is_initialized = True
 
     def update(
@@ -88,16 +90,18 @@ class SlotKVCache(Cache):
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
     def snapshot(self, slot: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A copy of the first `length` positions of a slot: the shared prefix of a group."""
+        """A copy of at least the first `length` positions of a slot: the shared prefix of a group."""
+        blocks = -(-length // KEY_BLOCK)
         return [
-            (layer.keys[slot, :, :, :length].clone(), layer.values[slot, :, :length].clone()) for layer in self.layers
+            (layer.keys[slot, :, :blocks].clone(), layer.values[slot, :, : blocks * KEY_BLOCK].clone())
+            for layer in self.layers
         ]
 
     def restore(self, slot: int, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Writes a snapshot to the start of a slot."""
         for layer, (keys, values) in zip(self.layers, prefix, strict=True):
-            layer.keys[slot, :, :, : keys.shape[-1]] = keys
-            layer.values[slot, :, : values.shape[-2]] = values
+            layer.keys[slot, :, : keys.shape[1]] = keys
+            layer.values[slot, :, : values.shape[1]] = values
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""
@@ -142,4 +146,3 @@ def ragged_attention_forward(
 
 
 AttentionInterface.register(ATTENTION_NAME, ragged_attention_forward)
-

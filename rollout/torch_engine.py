@@ -111,7 +111,9 @@ class TorchEngine:
         if len(prompt) == 0:
             return f"prompt {request.prompt_id} is empty"
         if context >= self.max_len:
-            return f"prompt {request.prompt_id} has {context} tokens; the context holds {self.max_len} with the response"
+            return (
+                f"prompt {request.prompt_id} has {context} tokens; the context holds {self.max_len} with the response"
+            )
         if len(request.prefill) >= request.sampling.max_new_tokens:
             return f"uid {request.uid} continues {len(request.prefill)} tokens; max_new_tokens leaves none to sample"
         for name, ids in (("prompt", prompt), ("prefill", request.prefill)):

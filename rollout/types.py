@@ -40,7 +40,12 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, 0.0 <= self.temperature < float("inf"), "0 (greedy) or above, finite"),
+            (
+                "temperature",
+                self.temperature,
+                0.0 <= self.temperature < float("inf"),
+                "0 (greedy) or above, finite",
+            ),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or above"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1"),

@@ -52,9 +52,7 @@ def grpo_advantages(
     if keep is not None:
         counted = counted & np.asarray(keep, bool)
     if rewards.ndim != 1 or groups.shape != rewards.shape or counted.shape != rewards.shape:
-        raise ValueError(
-            f"rewards {rewards.shape}, groups {groups.shape}: allowed are two arrays of shape [N]"
-        )
+        raise ValueError(f"rewards {rewards.shape}, groups {groups.shape}: allowed are two arrays of shape [N]")
     advantages = np.zeros(len(rewards), np.float64)
     uniform = single = 0
     labels = np.unique(groups[counted])

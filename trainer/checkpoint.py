@@ -184,8 +184,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
         param = params[int(index)]
         if tensor.dim() > 0 and tensor.shape != param.shape:
             raise CheckpointError(
-                f"optimizer state {key} has shape {tuple(tensor.shape)}; "
-                f"its parameter has {tuple(param.shape)}"
+                f"optimizer state {key} has shape {tuple(tensor.shape)}; its parameter has {tuple(param.shape)}"
             )
         # load_state_dict would cast moments to the parameter's type: float32 moments of a bfloat16 model
         # would lose their precision. Step counters live on the CPU unless the update is one fused kernel.
@@ -263,9 +262,7 @@ def _candidates(parent: Path) -> list[tuple[int, Path]]:
 def _failure(parent: Path, target: Path, error: Exception) -> str:
     """One line: what failed, what it needs and what there is, and what can be resumed from."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    complete = (
-        [path for _, path in _candidates(parent) if (path / MARKER).is_file()] if parent.is_dir() else []
-    )
+    complete = [path for _, path in _candidates(parent) if (path / MARKER).is_file()] if parent.is_dir() else []
     parts = [f"checkpoint {target} cannot be written: {reason}"]
     if complete:
         needed = sum(path.stat().st_size for path in complete[0].rglob("*") if path.is_file())

@@ -48,9 +48,7 @@ def load_settings(
     folders = [CONF_DIR, *([config_dir] if config_dir else [])]
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(
-                f"--config-dir {folder}: no such folder; allowed: a folder laid out like {CONF_DIR}"
-            )
+            raise ConfigError(f"--config-dir {folder}: no such folder; allowed: a folder laid out like {CONF_DIR}")
     checked = check_overrides(overrides, find_choices(folders))
     if config_dir:
         checked.append(f"hydra.searchpath=['file://{config_dir.resolve()}']")

@@ -104,9 +104,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: KlEstimator) -> Tensor
     raise ValueError(f"estimator is {estimator!r}; allowed: {', '.join(get_args(KlEstimator))}")
 
 
-def aggregate(
-    loss: Tensor, mask: Tensor, mode: Aggregation, num_tokens_total: int, num_sequences_total: int
-) -> Tensor:
+def aggregate(loss: Tensor, mask: Tensor, mode: Aggregation, num_tokens_total: int, num_sequences_total: int) -> Tensor:
     """This micro-batch's share of the step's loss; the shares of all micro-batches add up to the step's loss.
 
     token-mean: sum over tokens / tokens of the step. seq-mean-token-sum: sum over tokens / sequences of the
@@ -118,8 +116,7 @@ def aggregate(
     """
     if num_tokens_total < 1 or num_sequences_total < 1:
         raise ValueError(
-            f"num_tokens_total={num_tokens_total}, num_sequences_total={num_sequences_total}; "
-            "allowed: at least 1"
+            f"num_tokens_total={num_tokens_total}, num_sequences_total={num_sequences_total}; allowed: at least 1"
         )
     per_sequence = _masked(loss, mask).sum(-1)
     match mode:

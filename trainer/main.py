@@ -135,12 +135,8 @@ def _train_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE or GROUP=CHOICE")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, start nothing"
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print all keys with their values as YAML"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("--print-config", action="store_true", help="print all keys with their values as YAML")
     parser.add_argument(
         "--config-dir", type=Path, metavar="DIR", help="a folder with more choices, laid out like conf/"
     )

@@ -36,9 +36,7 @@ def read_model_shape(folder: Path) -> ModelShape | None:
         kv_values = _kv_values_per_token(text)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error):
         return None
-    return (
-        ModelShape(num_parameters, kv_values, text.get("max_position_embeddings")) if num_parameters else None
-    )
+    return ModelShape(num_parameters, kv_values, text.get("max_position_embeddings")) if num_parameters else None
 
 
 def _count_parameters(path: Path) -> int:

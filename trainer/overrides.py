@@ -34,9 +34,7 @@ def find_choices(folders: Sequence[Path]) -> dict[str, list[str]]:
         names = found.setdefault(path.parent.name, {})
         if path.stem in names:
             other = names[path.stem]
-            raise ConfigError(
-                f"{path}: {other} has the same name; allowed: a name that its group does not have yet"
-            )
+            raise ConfigError(f"{path}: {other} has the same name; allowed: a name that its group does not have yet")
         names[path.stem] = path
     return {group: sorted(names) for group, names in sorted(found.items())}
 
@@ -67,9 +65,7 @@ def unknown_key(key: str, shown: str, groups: Sequence[str] = ()) -> ConfigError
     where = f"keys of {section}" if section else "keys and groups" if groups else "keys"
     names = list(dict.fromkeys([*keys_in(section), *(groups if not section else ())]))
     close = nearest_key(key, groups)
-    return ConfigError(
-        f"{shown}: there is no key {key!r}; allowed {where}: {', '.join(names)}; nearest: {close}"
-    )
+    return ConfigError(f"{shown}: there is no key {key!r}; allowed {where}: {', '.join(names)}; nearest: {close}")
 
 
 def _checked(text: str, choices: Mapping[str, Sequence[str]]) -> str:
@@ -89,9 +85,7 @@ def _checked(text: str, choices: Mapping[str, Sequence[str]]) -> str:
     if override.type == OverrideType.ADD:
         raise ConfigError(f"{text}: {key} is in the configuration already; allowed: {text.lstrip('+')}")
     # A whole section, KEY={a: 1, b: 2}, is merged; the schema then judges each of its keys.
-    return (
-        f"++{text}" if isinstance(override.value(), dict) and override.type == OverrideType.CHANGE else text
-    )
+    return f"++{text}" if isinstance(override.value(), dict) and override.type == OverrideType.CHANGE else text
 
 
 def _checked_choice(text: str, override: Override, names: Sequence[str]) -> str:
@@ -102,9 +96,7 @@ def _checked_choice(text: str, override: Override, names: Sequence[str]) -> str:
         return text
     if choice not in names:
         close = nearest(str(choice), names)
-        raise ConfigError(
-            f"{text}: {group} has no such choice; allowed: {', '.join(names)}; nearest: {group}={close}"
-        )
+        raise ConfigError(f"{text}: {group} has no such choice; allowed: {', '.join(names)}; nearest: {group}={close}")
     return text
 
 

@@ -55,11 +55,7 @@ class BatchPlan:
     @property
     def epochs(self) -> float | None:
         """How often the job sees each training prompt, on average."""
-        return (
-            self.prompts_per_step * self.num_steps / self.num_train_prompts
-            if self.num_train_prompts
-            else None
-        )
+        return self.prompts_per_step * self.num_steps / self.num_train_prompts if self.num_train_prompts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +94,7 @@ def make_plan(settings: Settings) -> Plan:
         memory=_memory(settings, shape) if shape else None,
         from_hub=folder is None,
         run_dir=Path(settings.run.dir) / name,
-        warnings=tuple(
-            find_warnings(settings, batch.num_train_prompts, shape.max_positions if shape else None)
-        ),
+        warnings=tuple(find_warnings(settings, batch.num_train_prompts, shape.max_positions if shape else None)),
     )
 
 
@@ -127,9 +121,7 @@ def _actors(cluster: ClusterConfig) -> tuple[ActorPlan, ...]:
             cluster.gpus_per_worker,
             cluster.threads_per_worker,
         ),
-        ActorPlan(
-            "learner", 1, cluster.cpus_for_learner, cluster.gpus_for_learner, cluster.threads_for_learner
-        ),
+        ActorPlan("learner", 1, cluster.cpus_for_learner, cluster.gpus_for_learner, cluster.threads_for_learner),
     )
 
 
@@ -158,9 +150,7 @@ def _count_prompts(data: DataConfig) -> int | None:
     try:
         return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(
-            f"data.train_path={path}: {str(error).splitlines()[0]}; allowed: parquet files"
-        ) from None
+        raise ConfigError(f"data.train_path={path}: {str(error).splitlines()[0]}; allowed: parquet files") from None
 
 
 def _memory(settings: Settings, shape: ModelShape) -> MemoryPlan:
@@ -193,10 +183,7 @@ def _model_lines(plan: Plan) -> list[str]:
 def _actor_lines(plan: Plan) -> list[str]:
     cluster = plan.settings.cluster
     where = "a local Ray of its own" if cluster.address is None else f"the Ray at {cluster.address}"
-    rows = [
-        f"  {actor.count} x {actor.name:<14}  {actor.cpus:g} CPU, {actor.gpus:g} GPU, {actor.threads} threads"
-        for actor in plan.actors
-    ]
+    rows = [f"  {a.count} x {a.name:<14}  CPUs {a.cpus:g}, GPUs {a.gpus:g}, threads {a.threads}" for a in plan.actors]
     return [*rows, f"  on {where}; all must be ready within {cluster.start_timeout_s:g} s"]
 
 
@@ -207,11 +194,7 @@ def _batch_lines(batch: BatchPlan) -> list[str]:
     prompts, samples = batch.prompts_per_step * batch.num_steps, batch.samples_per_step * batch.num_steps
     total = f"{batch.num_steps} steps = {prompts:,} prompts = {samples:,} samples"
     known = batch.num_train_prompts
-    passes = (
-        f"{batch.epochs:.2f} over {known:,} training prompts"
-        if known
-        else "unknown before the data is loaded"
-    )
+    passes = f"{batch.epochs:.2f} over {known:,} training prompts" if known else "unknown before the data is loaded"
     return [f"  step     {step}", f"  updates  {updates}", f"  total    {total}", f"  epochs   {passes}"]
 
 

@@ -28,9 +28,7 @@ def _machine(cluster: ClusterConfig) -> list[str]:
     warnings, cores = [], len(os.sched_getaffinity(0))
     cpus = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
     if cpus > cores:
-        warnings.append(
-            f"the actors ask for {cpus:g} CPUs and this machine has {cores}: they share its cores"
-        )
+        warnings.append(f"the actors ask for {cpus:g} CPUs and this machine has {cores}: they share its cores")
     threads = max(cluster.num_workers * cluster.threads_per_worker, cluster.threads_for_learner)
     if threads > cores:
         warnings.append(f"{threads} torch threads compute at once and this machine has {cores} CPUs")
@@ -45,9 +43,7 @@ def _batch(settings: Settings, num_train_prompts: int | None) -> list[str]:
         return []
     warnings, per_step = [], settings.algo.num_prompts_per_step
     if num_train_prompts < per_step:
-        warnings.append(
-            f"algo.num_prompts_per_step={per_step} repeats some of the {num_train_prompts} prompts"
-        )
+        warnings.append(f"algo.num_prompts_per_step={per_step} repeats some of the {num_train_prompts} prompts")
     if settings.drafter.name == "suffix" and per_step * settings.algo.num_steps <= num_train_prompts:
         warnings.append("no prompt is seen twice: the suffix drafter has only live siblings to learn from")
     return warnings
@@ -72,9 +68,7 @@ def _speculation(settings: Settings) -> list[str]:
     if proof.every_steps and not drafting:
         warnings.append(f"proof.every_steps={proof.every_steps} replays steps in which nothing is drafted")
     if proof.every_steps and not proof.steps(settings.algo.num_steps):
-        warnings.append(
-            f"proof.first_step={proof.first_step} comes after the last step, so nothing is replayed"
-        )
+        warnings.append(f"proof.first_step={proof.first_step} comes after the last step, so nothing is replayed")
     if drafting and budget.name == "fixed" and budget.num_draft_tokens > drafter.max_draft_tokens:
         warnings.append(
             f"budget.num_draft_tokens={budget.num_draft_tokens} is above drafter.max_draft_tokens="

@@ -110,8 +110,7 @@ def _proof_table(records: Sequence[Record]) -> list[str]:
         return ["proof replays: none (proof.every_steps=0 turns them off)"]
     lines = [
         "proof replays: the same requests with and without speculation",
-        f"{'step':>6}  {'with':>10}  {'without':>10}  {'ratio':>7}  "
-        f"{'tokens compared':>15}  {'different':>9}",
+        f"{'step':>6}  {'with':>10}  {'without':>10}  {'ratio':>7}  {'tokens compared':>15}  {'different':>9}",
     ]
     rows = [(str(record["step"]), proof_totals([record])) for record in proofs]
     for name, row in [*rows, ("all", proof_totals(proofs))]:

@@ -132,9 +132,7 @@ def key_figures(data: RunData) -> list[tuple[str, str]]:
         rows.append(("Median throughput of the rollout phase", f"{np.median(throughput):,.0f} tokens/s"))
     drafted, accepted = _total(records, "das/drafted"), _total(records, "das/accepted")
     if drafted:
-        rows.append(
-            ("Draft tokens accepted", f"{accepted:,.0f} of {drafted:,.0f} ({accepted / drafted:.0%})")
-        )
+        rows.append(("Draft tokens accepted", f"{accepted:,.0f} of {drafted:,.0f} ({accepted / drafted:.0%})"))
     rows.extend(_proof_rows(records))
     left_out = _total(records, "das/samples_left_out")
     rows.append(("Samples left out", f"{left_out:,.0f}"))
@@ -164,9 +162,7 @@ def _reward(data: RunData) -> Picture:
     if not points or ends is None:
         return Picture("Reward", "No step has a mean reward.", None)
     first, last, count = ends
-    text = (
-        f"Mean reward per step: {first:.2f} over the first {count}, {last:.2f} over the last {count} steps."
-    )
+    text = f"Mean reward per step: {first:.2f} over the first {count}, {last:.2f} over the last {count} steps."
     return Picture("Reward", text, plots.reward_figure(points))
 
 
@@ -216,8 +212,7 @@ def _accepted(data: RunData) -> Picture:
         return Picture(title, "This job ran with drafting off.", None)
     first, last = points[0][1], points[-1][1]
     text = (
-        f"Draft tokens accepted per forward round of a request: {first:.2f} in the first step, "
-        f"{last:.2f} in the last."
+        f"Draft tokens accepted per forward round of a request: {first:.2f} in the first step, {last:.2f} in the last."
     )
     return Picture(title, text, plots.accepted_figure(points))
 

@@ -92,9 +92,7 @@ def length_figure(lengths: Mapping[str, np.ndarray], cap_tokens: int | None) -> 
     styles = [(GREY, 0.45), (BLUE, 0.55)][-len(lengths) :]
     for (label, values), (colour, alpha) in zip(lengths.items(), styles, strict=True):
         shares = np.full(len(values), 1 / len(values))
-        axes.hist(
-            values, bins, weights=shares, color=colour, alpha=alpha, label=f"{label} (n={len(values):,})"
-        )
+        axes.hist(values, bins, weights=shares, color=colour, alpha=alpha, label=f"{label} (n={len(values):,})")
         axes.hist(values, bins, weights=shares, color=colour, histtype="step", linewidth=1.4)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
@@ -190,6 +188,4 @@ def _marker_size(steps: np.ndarray) -> float:
 
 def _legend(axes: Axes) -> None:
     """Above the plot, where it hides no data."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2
-    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2)

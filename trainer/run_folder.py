@@ -68,9 +68,7 @@ def open_run_dir(job: Job) -> None:
     """Makes the folder (run.exist=replace empties it first) and writes settings.json into it."""
     if not job.resume and job.settings.run.exist == "replace" and job.run_dir.exists():
         if not _is_run(job.run_dir) and any(job.run_dir.iterdir()):
-            raise ConfigError(
-                f"run.exist=replace: {job.run_dir} is not a run folder; allowed: another run.name"
-            )
+            raise ConfigError(f"run.exist=replace: {job.run_dir} is not a run folder; allowed: another run.name")
         shutil.rmtree(job.run_dir)
     try:
         job.run_dir.mkdir(parents=True, exist_ok=job.resume)
@@ -85,23 +83,17 @@ def open_run_dir(job: Job) -> None:
 def newest_run(parent: Path, experiment_name: str) -> Path:
     """The run of this experiment under `parent` that was started or resumed last."""
     runs = sorted(parent.glob(f"*/{SETTINGS_FILE}"), key=lambda path: path.stat().st_mtime_ns)
-    own = [
-        path.parent for path in runs if _read_settings(path.parent).get("experiment_name") == experiment_name
-    ]
+    own = [path.parent for path in runs if _read_settings(path.parent).get("experiment_name") == experiment_name]
     if own:
         return own[-1]
     others = ", ".join(path.parent.name for path in runs[-3:]) or "none"
-    raise ConfigError(
-        f"--resume: no run of experiment {experiment_name!r} under {parent}; runs there: {others}"
-    )
+    raise ConfigError(f"--resume: no run of experiment {experiment_name!r} under {parent}; runs there: {others}")
 
 
 def _job_from_settings(settings: Settings, now: datetime) -> Job:
     parent, run = Path(settings.run.dir), settings.run
     if run.name is None:
-        return _job(
-            settings, _free_folder(parent, f"{settings.experiment_name}-{now:%Y%m%d-%H%M%S}"), resume=False
-        )
+        return _job(settings, _free_folder(parent, f"{settings.experiment_name}-{now:%Y%m%d-%H%M%S}"), resume=False)
     folder = parent / run.name
     if not folder.exists() or run.exist == "replace":
         return _job(settings, folder, resume=False)
@@ -122,9 +114,7 @@ def _resumed(folder: Path, overrides: Sequence[str], config_dir: Path | None) ->
         name = load_settings(overrides, config_dir).experiment_name
         started_as = saved.get("experiment_name")
         if name != started_as:
-            raise ConfigError(
-                f"experiment={experiment}: {folder} is a run of {started_as}; allowed: that one"
-            )
+            raise ConfigError(f"experiment={experiment}: {folder} is a run of {started_as}; allowed: that one")
     settings = load_settings(others, config_dir, base=saved)
     _check_same_run(load_settings([], base=saved), settings, folder)
     return _job(settings, folder, resume=True)
@@ -165,9 +155,7 @@ def _saved(folder: Path) -> dict[str, Any]:
         return _read_settings(folder)
     names = [path.parent.name for path in folder.parent.glob(f"*/{SETTINGS_FILE}")]
     close = f"; nearest: {folder.parent / nearest(folder.name, names)}" if names else ""
-    raise ConfigError(
-        f"--resume {folder}: it holds no {SETTINGS_FILE}; allowed: the folder of an earlier run{close}"
-    )
+    raise ConfigError(f"--resume {folder}: it holds no {SETTINGS_FILE}; allowed: the folder of an earlier run{close}")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -175,9 +163,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error}); allowed: the settings of an earlier run"
-        ) from None
+        raise ConfigError(f"{path}: cannot be read ({error}); allowed: the settings of an earlier run") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no settings; allowed: the settings of an earlier run")
     return tree

@@ -78,9 +78,7 @@ def packed_logits(model: Any, rows: PackedRows) -> torch.Tensor:
 def packed_loss(model: Any, rows: PackedRows) -> torch.Tensor:
     """Mean cross-entropy, in nats, over the answer tokens of all rows."""
     logits = packed_logits(model, rows)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), torch.from_numpy(rows.labels).flatten(), ignore_index=IGNORE
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), torch.from_numpy(rows.labels).flatten(), ignore_index=IGNORE)
 
 
 def learning_rate_share(step: int, num_steps: int, warmup_steps: int) -> float:
@@ -88,9 +86,7 @@ def learning_rate_share(step: int, num_steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
+    return FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def longest_document(step: int, num_steps: int, curriculum: float, row_tokens: int) -> int:
@@ -123,9 +119,7 @@ def sample_responses(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt.tokens) :] = torch.from_numpy(prompt.tokens)
         mask[row, width - len(prompt.tokens) :] = 1
-    options = (
-        {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    )
+    options = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     model.eval()
     output = model.generate(
         input_ids=ids,
@@ -158,9 +152,7 @@ def evaluate(
     scored = [value for values in by_level.values() for value in values]
     return {
         "accuracy": round(float(np.mean(scored)), 4) if scored else None,
-        "by_level": {
-            str(level): round(float(np.mean(values)), 4) for level, values in sorted(by_level.items())
-        },
+        "by_level": {str(level): round(float(np.mean(values)), 4) for level, values in sorted(by_level.items())},
         "num_unscored": len(prompts) - len(scored),
         "ended": float(np.mean([tokens[-1] in tokenizer.stop_token_ids for tokens in responses])),
         "length_p50": float(np.percentile(lengths, 50)),
@@ -217,16 +209,12 @@ def train(
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command; argparse prints its own one-line errors and exits with 2."""
-    parser = argparse.ArgumentParser(
-        "slipstream sft", description="Supervised fine-tuning on worked answers."
-    )
+    parser = argparse.ArgumentParser("slipstream sft", description="Supervised fine-tuning on worked answers.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for weights, tokenizer and sft_log.jsonl")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--task", choices=["chain_sum"], default="chain_sum", help="built-in task to learn")
-    source.add_argument(
-        "--data", help="verl-format parquet whose rows state a worked answer in extra_info.answer"
-    )
+    source.add_argument("--data", help="verl-format parquet whose rows state a worked answer in extra_info.answer")
     add("--prompt-key", default="prompt", help="column with the messages (--data)")
     add(
         "--model",
@@ -276,9 +264,7 @@ def load_model(name: str, out: Path, seed: int) -> tuple[Any, ChatTokenizer]:
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--model={name!r} cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise ConfigError(f"--model={name!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
 
 def save_model(model: Any, out: Path) -> None:

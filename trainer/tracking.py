@@ -190,9 +190,7 @@ def _plain(value: Any) -> Any:
             return _plain(value.tolist())
         case list() | tuple():
             # Token lists are long and hold only integers: nothing in them needs a visit each.
-            return (
-                list(value) if all(type(item) is int for item in value) else [_plain(item) for item in value]
-            )
+            return list(value) if all(type(item) is int for item in value) else [_plain(item) for item in value]
         case float():
             return value if math.isfinite(value) else None
     return value
@@ -204,11 +202,7 @@ def _start_wandb(run_dir: Path, settings_dict: dict[str, Any], tracking: Trackin
         with _wandb_environment(run_dir):
             import wandb
 
-            if (
-                tracking.mode == "online"
-                and not wandb.api.api_key
-                and not wandb.Settings().identity_token_file
-            ):
+            if tracking.mode == "online" and not wandb.api.api_key and not wandb.Settings().identity_token_file:
                 # wandb would ask on the terminal, where nobody may be watching a long job start.
                 raise SlipstreamError("no API key is configured (run `wandb login` or set WANDB_API_KEY)")
             run = wandb.init(

@@ -21,11 +21,12 @@ static void require(bool ok, const char* message) {
 }
 
 static CacheShape cache_shape(const In<float>& keys, const In<float>& values) {
-  require(keys.ndim() == 4 && values.ndim() == 4, "keys and values must have 4 dimensions");
+  require(keys.ndim() == 5 && keys.shape(4) == kLanes && values.ndim() == 4,
+          "keys must be [S, Hkv, blocks, D, 16] and values [S, Hkv, blocks * 16, D]");
   const CacheShape s{keys.shape(0), keys.shape(1), keys.shape(2), keys.shape(3)};
-  require(values.shape(0) == s.slots && values.shape(1) == s.kv_heads && values.shape(2) == s.length &&
+  require(values.shape(0) == s.slots && values.shape(1) == s.kv_heads && values.shape(2) == s.length() &&
               values.shape(3) == s.head_dim,
-          "keys must be [S, Hkv, D, L] and values [S, Hkv, L, D]");
+          "keys must be [S, Hkv, blocks, D, 16] and values [S, Hkv, blocks * 16, D]");
   return s;
 }
 
@@ -33,7 +34,7 @@ static void check_places(const CacheShape& s, const In<int64_t>& slots, const In
   require(slots.size() == tokens && positions.size() == tokens, "slots and positions must have one entry a token");
   for (int64_t t = 0; t < tokens; ++t)
     require(slots.data()[t] >= 0 && slots.data()[t] < s.slots && positions.data()[t] >= 0 &&
-                positions.data()[t] < s.length,
+                positions.data()[t] < s.length(),
             "a slot or position is outside the cache");
 }
 

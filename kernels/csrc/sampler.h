@@ -29,7 +29,7 @@ struct Sampled {
 
 class Sampler {
  public:
-  explicit Sampler(int vocab) : vocab_(vocab), scaled_(vocab), weight_(vocab) {}
+  explicit Sampler(int vocab) : vocab_(vocab), scaled_(vocab) {}
 
   Sampled sample(const float* logits, const RowParams& row, uint32_t position) {
     float peak = -std::numeric_limits<float>::infinity();
@@ -54,18 +54,34 @@ class Sampler {
   }
 
  private:
+  static constexpr int kSumBlock = 1024;
+
   SLIPSTREAM_CLONES void scale(const float* logits, float temperature) {
     for (int v = 0; v < vocab_; ++v) scaled_[v] = logits[v] / temperature;
   }
 
-  SLIPSTREAM_CLONES void weigh(float top) {
-    for (int v = 0; v < vocab_; ++v) weight_[v] = exp_nonpositive(scaled_[v] - top);
-  }
-
-  double mass_below(float top) {
-    weigh(top);
+  // sum of exp(scaled - top); lanes are summed in float over a few hundred terms, then in double.
+  SLIPSTREAM_CLONES double mass_below(float top) const {
     double mass = 0.0;
-    for (int v = 0; v < vocab_; ++v) mass += weight_[v];
+    for (int first = 0; first < vocab_; first += kSumBlock) {
+      const int last = std::min(vocab_, first + kSumBlock);
+      Lanes sum = {};
+      int v = first;
+      for (; v + kLanes <= last; v += kLanes) {
+        Lanes x;
+        load(x, scaled_.data() + v);
+        x -= top;
+        exp_nonpositive(x);
+        sum += x;
+      }
+      if (v < last) {
+        Lanes x = Lanes{} - std::numeric_limits<float>::infinity();
+        for (int i = 0; v + i < last; ++i) x[i] = scaled_[v + i] - top;
+        exp_nonpositive(x);
+        sum += x;
+      }
+      mass += lane_sum(sum);
+    }
     return mass;
   }
 
@@ -111,7 +127,7 @@ class Sampler {
   }
 
   int vocab_;
-  std::vector<float> scaled_, weight_;
+  std::vector<float> scaled_;
   std::vector<int> order_;
 };
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.ngram import NgramDrafter
 from slipstream.drafter.suffix import SuffixDrafter
@@ -14,7 +15,6 @@ from slipstream.rollout.budget import FixedBudget, TailBudget
 from slipstream.rollout.engine import Engine, EngineError
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
-
 from tests.tiny_models import FAMILIES, tiny_model
 
 NUM_PROMPTS, NUM_SAMPLES, MAX_NEW = 6, 9, 80
@@ -114,7 +114,11 @@ def test_identity_over_sampling_modes(temperature: float, top_p: float, top_k: i
     requests = make_requests(temperature, top_p, top_k)
     expected = run(TorchEngine(tiny_model("qwen3"), max_len=160), requests)
     engine = TorchEngine(
-        tiny_model("qwen3"), max_len=160, drafter=warm_suffix(expected), budget=TailBudget(96, 16), max_live_requests=7
+        tiny_model("qwen3"),
+        max_len=160,
+        drafter=warm_suffix(expected),
+        budget=TailBudget(96, 16),
+        max_live_requests=7,
     )
     assert assert_same(run(engine, requests), expected) >= 2000 or temperature == 0.0
     assert engine.stats().accepted > 0
@@ -141,7 +145,11 @@ def test_identity_over_kernels(plain: dict) -> None:
 def test_bits_do_not_depend_on_the_schedule(plain: dict) -> None:
     """On the CPU in float32 even the log-probabilities are equal to the bit."""
     engine = TorchEngine(
-        tiny_model("qwen3"), max_len=160, max_live_requests=3, drafter=warm_suffix(plain["qwen3"]), budget=FixedBudget(7)
+        tiny_model("qwen3"),
+        max_len=160,
+        max_live_requests=3,
+        drafter=warm_suffix(plain["qwen3"]),
+        budget=FixedBudget(7),
     )
     torch.set_num_threads(1)
     for uid, rollout in run(engine, make_requests()).items():
@@ -159,8 +167,12 @@ def test_a_group_prefills_its_prompt_once(plain: dict) -> None:
 def test_finished_slots_are_refilled_at_once() -> None:
     engine = TorchEngine(tiny_model("qwen3"), max_len=160, max_live_requests=6)
     requests = make_requests()
-    engine.submit([dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_new_tokens=5 + i % 11))
-                   for i, r in enumerate(requests)])
+    engine.submit(
+        [
+            dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_new_tokens=5 + i % 11))
+            for i, r in enumerate(requests)
+        ]
+    )
     while engine.num_unfinished >= 6:
         before = engine.stats().live_sum
         engine.step()
@@ -182,7 +194,9 @@ def test_prefill_continues_a_rollout(plain: dict) -> None:
 
 def test_abort_returns_each_request_once() -> None:
     requests = make_requests()
-    engine = TorchEngine(tiny_model("qwen3"), max_len=160, max_live_requests=4, drafter=SuffixDrafter(), budget=FixedBudget(4))
+    engine = TorchEngine(
+        tiny_model("qwen3"), max_len=160, max_live_requests=4, drafter=SuffixDrafter(), budget=FixedBudget(4)
+    )
     engine.submit(requests)
     out = engine.step() + engine.step()
     out += engine.abort([request.uid for request in requests[::2]] + [12345])

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("conf", "drafter", "experiments", "kernels", "rollout", "trainer")
-NOT_SHIPPED = shutil.ignore_patterns(
-    ".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "runs", "tests"
-)
+NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "runs", "tests")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,9 +36,7 @@ def test_the_package_list_is_the_folders_with_python_files(repo_root: Path) -> N
     setuptools = tomllib.loads(text)["tool"]["setuptools"]
     folders = {path.parent for room in ROOMS for path in (repo_root / room).rglob("*.py")}
     folders |= {repo_root / room for room in ROOMS}
-    expected = {
-        f"slipstream.{folder.relative_to(repo_root).as_posix().replace('/', '.')}" for folder in folders
-    }
+    expected = {f"slipstream.{folder.relative_to(repo_root).as_posix().replace('/', '.')}" for folder in folders}
     assert set(setuptools["packages"]) == expected
     assert len(setuptools["packages"]) == len(expected)
     assert setuptools["package-dir"] == {f"slipstream.{room}": room for room in ROOMS}
@@ -96,9 +92,7 @@ def test_the_wheel_holds_configuration_policy_and_native_code(wheel: Path, repo_
 
 
 def test_the_installed_command_makes_its_plan_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    code = (
-        "import slipstream.conf, slipstream.kernels._native as n; print(slipstream.conf.__file__, n.__file__)"
-    )
+    code = "import slipstream.conf, slipstream.kernels._native as n; print(slipstream.conf.__file__, n.__file__)"
     where = run(installed / "python", "-c", code, cwd=tmp_path)
     assert where.returncode == 0, where.stderr
     assert all(path.startswith(str(installed.parent)) for path in where.stdout.split())
@@ -137,9 +131,7 @@ def hugging_face_kernels() -> str | None:
     return spec.origin if spec else None
 
 
-@pytest.mark.skipif(
-    hugging_face_kernels() is None, reason="the Hugging Face package `kernels` is not installed"
-)
+@pytest.mark.skipif(hugging_face_kernels() is None, reason="the Hugging Face package `kernels` is not installed")
 def test_the_real_package_kernels_is_found_too(repo_root: Path) -> None:
     code = KERNELS_CODE.format(marker="site-packages")
     done = run(sys.executable, "-c", code, cwd=repo_root, PYTHONPATH=str(repo_root))

@@ -104,9 +104,7 @@ def test_policy_loss_and_gradient(mode: Aggregation, low: float, high: float, du
 
         torch.testing.assert_close(loss, expected, **TOLERANCE)
         torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
-        assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
-            expected_metrics, abs=1e-6
-        )
+        assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected_metrics, abs=1e-6)
 
 
 @pytest.mark.parametrize("estimator", get_args(KlEstimator))

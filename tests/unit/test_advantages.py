@@ -13,9 +13,7 @@ from slipstream.trainer.advantages import GroupCounts, grpo_advantages
 def test_group_of_four_by_hand() -> None:
     advantages, counts = grpo_advantages(np.array([1.0, 0, 0, 1]), np.zeros(4, int), normalize_by_std=True)
     unbiased_std = np.sqrt(4 * 0.25 / 3)
-    np.testing.assert_allclose(
-        advantages, np.array([0.5, -0.5, -0.5, 0.5]) / (unbiased_std + 1e-6), rtol=1e-6
-    )
+    np.testing.assert_allclose(advantages, np.array([0.5, -0.5, -0.5, 0.5]) / (unbiased_std + 1e-6), rtol=1e-6)
     assert advantages.dtype == np.float32
     assert counts == GroupCounts(num_groups=1, num_uniform=0, num_single=0, num_left_out=0)
 
@@ -26,9 +24,7 @@ def test_without_std_only_the_mean_is_taken_off() -> None:
 
 
 def test_equal_rewards_give_exactly_zero_and_are_counted() -> None:
-    advantages, counts = grpo_advantages(
-        np.full(7, 0.1), np.array([0, 0, 0, 1, 1, 1, 1]), normalize_by_std=True
-    )
+    advantages, counts = grpo_advantages(np.full(7, 0.1), np.array([0, 0, 0, 1, 1, 1, 1]), normalize_by_std=True)
     np.testing.assert_array_equal(advantages, np.zeros(7, np.float32))
     assert counts.num_uniform == counts.num_groups == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from slipstream.kernels import reference
 from slipstream.kernels.dispatch import NativeKernels
 
@@ -12,7 +13,8 @@ SLOTS, KV_HEADS, DIM, LENGTH = 5, 2, 24, 48
 
 def make_cache(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
-    return torch.randn(SLOTS, KV_HEADS, DIM, LENGTH), torch.randn(SLOTS, KV_HEADS, LENGTH, DIM)
+    keys = torch.randn(SLOTS, KV_HEADS, LENGTH // reference.KEY_BLOCK, DIM, reference.KEY_BLOCK)
+    return keys, torch.randn(SLOTS, KV_HEADS, LENGTH, DIM)
 
 
 @pytest.mark.parametrize("window", [0, 1, 7])
@@ -34,8 +36,9 @@ def test_reference_equals_torch_attention() -> None:
     query = torch.randn(LENGTH, 4, DIM)
     slots, positions = torch.full((LENGTH,), 2), torch.arange(LENGTH)
     got = reference.ragged_attention(query, keys, values, slots, positions, DIM**-0.5)
+    by_position = keys.transpose(3, 4).flatten(2, 3)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], keys[2:3].transpose(2, 3), values[2:3], is_causal=True, enable_gqa=True
+        query.transpose(0, 1)[None], by_position[2:3], values[2:3], is_causal=True, enable_gqa=True
     )
     torch.testing.assert_close(got, expected[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
 

@@ -261,9 +261,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes() -> None:
     with pytest.raises(CheckpointError, match="for 4 parameters; this optimizer has 1"):
         restore_optimizer(other, flatten_optimizer(optimizer))
     tensors = {"num_params": torch.tensor(1), "lr.0": torch.tensor(0.1), "state.0.exp_avg": torch.zeros(3)}
-    with pytest.raises(
-        CheckpointError, match=r"state\.0\.exp_avg has shape \(3,\); its parameter has \(2,\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"state\.0\.exp_avg has shape \(3,\); its parameter has \(2,\)"):
         restore_optimizer(other, tensors)
     with pytest.raises(CheckpointError, match="0 parameter groups"):
         restore_optimizer(other, {"num_params": torch.tensor(1)})

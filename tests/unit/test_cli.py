@@ -186,9 +186,7 @@ def test_the_newest_run_of_the_experiment_is_resumed() -> None:
         os.utime(job.run_dir / "settings.json", (time_s, time_s))
     again = resolve_job(["experiment=quickstart_short"], NEWEST, None)
     assert again.run_dir == newest.run_dir
-    assert again.settings.algo.num_steps == 3, (
-        "the experiment's 4 steps must not undo what was typed at the start"
-    )
+    assert again.settings.algo.num_steps == 3, "the experiment's 4 steps must not undo what was typed at the start"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_a_folder_of_ones_own_adds_choices(tmp_path: Path) -> None:
-    text = '# @package _global_\ndefaults:\n  - override /drafter: "off"\ndata: {train_path: ~/x.parquet}\n'
+    text = '# @package _global_\ndefaults:\n  - override /drafter: "off"\n  - override /data: parquet\n'
+    text += "data: {train_path: ~/x.parquet}\n"
     settings = load_settings(["experiment=mine"], config_dir=write(tmp_path, "mine", text))
     assert settings.drafter.name == "off"
     assert settings.data.train_path == str(Path.home() / "x.parquet")

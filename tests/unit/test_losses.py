@@ -85,9 +85,7 @@ def test_dual_clip_must_be_above_one() -> None:
         policy_loss(*ragged([2]), 0.2, 0.28, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 0.5)]
-)
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) - 0.5)])
 def test_kl_estimators_by_hand(estimator: str, expected: float) -> None:
     logp = torch.tensor([-1.0], dtype=torch.float64)
     assert kl_penalty(logp, logp - 0.5, estimator).item() == pytest.approx(expected)  # type: ignore[arg-type]
@@ -111,14 +109,10 @@ def test_aggregation_modes_by_hand() -> None:
     assert values == {"token-mean": 11 / 4, "seq-mean-token-sum": 11 / 2, "seq-mean-token-mean": 3.5}
 
 
-def step_loss(
-    rows: tuple[Tensor, ...], mode: Aggregation, totals: tuple[int, int]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def step_loss(rows: tuple[Tensor, ...], mode: Aggregation, totals: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss plus KL of some rows of a step, and the metrics."""
     logp, old_logp, advantages, mask = rows
-    losses, metrics = policy_loss(
-        logp, old_logp, advantages, mask, 0.2, 0.28, 3.0, num_tokens_total=totals[0]
-    )
+    losses, metrics = policy_loss(logp, old_logp, advantages, mask, 0.2, 0.28, 3.0, num_tokens_total=totals[0])
     losses = losses + 0.1 * kl_penalty(logp, old_logp, "k3")
     return aggregate(losses, mask, mode, *totals), metrics
 

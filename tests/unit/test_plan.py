@@ -30,9 +30,7 @@ def model(tmp_path: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = {"a": [10, 100], "b": [24]}
-    header = {
-        name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
-    }
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder
@@ -70,7 +68,7 @@ def test_the_memory_of_a_model_on_this_machine(model: Path) -> None:
     assert half.memory.worker_kv_cache == plan.memory.worker_kv_cache // 2
 
 
-def test_the_shape_agrees_with_transformers() -> None:
+def test_the_shipped_policy_is_measured_as_its_tensors_are() -> None:
     shape = read_model_shape(Path(__file__).resolve().parents[2] / "experiments/quickstart/policy")
     assert shape is not None
     from safetensors import safe_open
@@ -140,7 +138,5 @@ def test_more_than_the_machine_has_is_a_warning(model: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_settings_that_work_against_each_other_are_warned_of(
-    model: Path, overrides: list[str], words: str
-) -> None:
+def test_settings_that_work_against_each_other_are_warned_of(model: Path, overrides: list[str], words: str) -> None:
     assert any(words in text for text in make_plan(settings_of(model, *overrides)).warnings)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+
 from slipstream.kernels import reference
 from slipstream.kernels.dispatch import NativeKernels, ReferenceKernels, _native
 from slipstream.kernels.reference import SamplingRows

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from slipstream.kernels.suffix_index import MAX_CHAIN, SuffixIndex
 
 
@@ -37,7 +38,10 @@ events = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, m
 @given(events)
 def test_counts_equal_brute_force(pairs: list[tuple[int, int]]) -> None:
     index, sequences = build(pairs, 3)
-    contexts = {tuple(s[i:j]) for s in sequences for i in range(len(s)) for j in range(i, len(s) + 1)} | {(9,), ()}
+    contexts = {tuple(s[i:j]) for s in sequences for i in range(len(s)) for j in range(i, len(s) + 1)} | {
+        (9,),
+        (),
+    }
     for context in contexts:
         assert index.follow_weights(list(context)) == dict(brute_follow(sequences, list(context)))
 
@@ -48,7 +52,8 @@ def test_continuation_starts_at_the_longest_continued_match(pairs: list[tuple[in
     index, sequences = build(pairs, 3)
     for which, tokens in enumerate(sequences):
         longest = next(
-            (n for n in range(len(tokens), -1, -1) if brute_follow(sequences, tokens[len(tokens) - n :])), None
+            (n for n in range(len(tokens), -1, -1) if brute_follow(sequences, tokens[len(tokens) - n :])),
+            None,
         )
         draft = index.continuation(which, max_tokens=4, min_match=0)
         if longest is None:

@@ -107,9 +107,7 @@ tracker.finish(0)
 """
 
 
-def offline_job(
-    home: Path, run_dir: Path, run_id: str = "", mode: str = ""
-) -> subprocess.CompletedProcess[str]:
+def offline_job(home: Path, run_dir: Path, run_id: str = "", mode: str = "") -> subprocess.CompletedProcess[str]:
     """Runs OFFLINE_JOB in a process of its own: wandb keeps global state."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home.mkdir(exist_ok=True)

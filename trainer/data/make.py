@@ -32,14 +32,10 @@ def length_table(rows: Sequence[dict[str, Any]]) -> str:
     for level, lengths in sorted(by_level.items()):
         low, high = LEVEL_STEPS[level]
         steps = f"{low}-{high}"
-        lines.append(
-            f"{level:>7} {len(lengths):>6} {steps:>7} {np.median(lengths):>10.0f} {max(lengths):>10}"
-        )
+        lines.append(f"{level:>7} {len(lengths):>6} {steps:>7} {np.median(lengths):>10.0f} {max(lengths):>10}")
     lengths = [length for level_lengths in by_level.values() for length in level_lengths]
     p50, p99 = np.percentile(lengths, [50, 99])
-    lines.append(
-        f"    all {len(lengths):>6} {'':>7} {p50:>10.0f} {max(lengths):>10}   p99/p50 {p99 / p50:.1f}"
-    )
+    lines.append(f"    all {len(lengths):>6} {'':>7} {p50:>10.0f} {max(lengths):>10}   p99/p50 {p99 / p50:.1f}")
     return "\n".join(lines)
 
 
@@ -47,14 +43,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command; argparse prints its own one-line errors and exits with 2."""
     parser = argparse.ArgumentParser("slipstream data", description="Writes a built-in task as parquet.")
     parser.add_argument("task", choices=["chain_sum"])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for train.parquet and validation.parquet"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and validation.parquet")
     for name in ("num_train", "num_validation", "min_level", "max_level", "seed"):
         default = TaskConfig.model_fields[name].default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}"
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     return parser.parse_args(argv)
 
 

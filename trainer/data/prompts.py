@@ -161,9 +161,7 @@ class RowError(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def to_prompt(
-    row: dict[str, Any], prompt_key: str, max_prompt_tokens: int, tokenizer: ChatTokenizer
-) -> Prompt:
+def to_prompt(row: dict[str, Any], prompt_key: str, max_prompt_tokens: int, tokenizer: ChatTokenizer) -> Prompt:
     """One verl-format row as a Prompt; raises RowError when it has to be left out."""
     messages = check_messages(row.get(prompt_key))
     reward_model = row.get("reward_model")

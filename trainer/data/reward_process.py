@@ -20,6 +20,8 @@ from typing import Any
 
 START_TIMEOUT_S = 120.0
 """A user's module may import torch on a busy machine."""
+STDERR = 2
+"""The file descriptor: in a notebook or under a test runner sys.stderr is no file."""
 
 
 class RewardProcess:
@@ -76,21 +78,16 @@ class RewardProcess:
             str(self._timeout_s),
             self._function or "",
         ]
-        # The parent's own import path: a reward function is found wherever the job itself would find it.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        # The parent's import path and the working directory, where a user's reward file is most likely to be.
+        paths = [*(path or os.getcwd() for path in sys.path), os.getcwd()]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         self._process = subprocess.Popen(
-            command,
-            pass_fds=[child.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-            env=environment,
+            command, pass_fds=[child.fileno()], stdin=subprocess.DEVNULL, stdout=STDERR, env=environment
         )
         child.close()
         self._pipe = parent
         try:
-            problem = (
-                parent.recv() if parent.poll(START_TIMEOUT_S) else f"no answer within {START_TIMEOUT_S:g} s"
-            )
+            problem = parent.recv() if parent.poll(START_TIMEOUT_S) else f"no answer within {START_TIMEOUT_S:g} s"
         except (EOFError, OSError):
             problem = f"its process ended while starting (exit code {self._process.wait()})"
         if problem:
@@ -126,9 +123,7 @@ def import_function(path: str) -> Callable[..., Any]:
     except Exception as error:
         raise ValueError(f"module {module_name!r} cannot be imported ({one_line(error)})") from error
     if not hasattr(module, name):
-        near = difflib.get_close_matches(
-            name, [n for n in dir(module) if not n.startswith("__")], n=1, cutoff=0.4
-        )
+        near = difflib.get_close_matches(name, [n for n in dir(module) if not n.startswith("__")], n=1, cutoff=0.4)
         hint = f"; nearest: {module_name}.{near[0]}" if near else ""
         raise ValueError(f"module {module_name!r} has no {name!r}{hint}")
     function = getattr(module, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from slipstream.trainer.errors import ConfigError, DataError
 
 MATH_SOURCES = ("math", "gsm8k", "aime", "numina")
 """A data_source that holds one of these words is scored by math-verify under rule `auto`."""
+
+THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,8 @@ class RewardScorer:
 
 
 def normalize_answer(text: str) -> str:
-    """Drops whitespace and the commas between digits: `1,234 ` is `1234`."""
-    compact = "".join(text.split())
-    is_group_comma = [
-        char == "," and compact[i - 1 : i].isdigit() and compact[i + 1 : i + 2].isdigit()
-        for i, char in enumerate(compact)
-    ]
-    return "".join(char for char, drop in zip(compact, is_group_comma, strict=True) if not drop)
+    """Drops the commas that group thousands, then all whitespace: `1,234 ` is `1234`, `(1, 2)` is `(1,2)`."""
+    return "".join(THOUSANDS_COMMA.sub("", text).split())
 
 
 def boxed_answer(text: str) -> str | None:

@@ -118,9 +118,7 @@ def _download(name: str, where: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"model.path={name!r} is no folder, and no hub model could be loaded: {reason}"
-        ) from error
+        raise DataError(f"{where} is no folder, and no hub model could be loaded: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""How much of a decode step is spent outside the model."""

@@ -1,0 +1,33 @@
+"""Loads a policy for rollouts or training; the same code on both sides, so that they agree on architecture.
+
+Invariants: weights come from safetensors only; a model with random_init depends on nothing but its config and seed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_policy(
+    path: str | Path, dtype: str = "float32", device: str = "cpu", random_init_seed: int | None = None
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id. random_init_seed: take the architecture only, seeded random weights.
+
+    Raises OSError when transformers cannot find or read the model.
+    """
+    if random_init_seed is None:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
+    else:
+        torch.manual_seed(random_init_seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype])
+    return model.to(device)
+
+
+def default_device(num_gpus: float) -> str:
+    """The GPU when this process was given (a share of) one, else the CPU."""
+    return "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"

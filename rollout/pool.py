@@ -1,0 +1,126 @@
+"""The pool of rollout workers: Ray actors, routing, deadlines.
+
+Invariants
+- Every request handed to `generate` comes back exactly once, or PoolError says which worker failed.
+- A group stays on one worker (its prompt is prefilled once, its siblings draft from each other); groups are dealt
+  longest predicted first to the least loaded worker.
+- Every wait has a deadline, and the error names who was waited for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
+
+
+class PoolError(EngineError):
+    """A worker died, failed or did not answer in time; the message names it and what was asked."""
+
+
+class PoolTimeout(PoolError):
+    """A deadline passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolResult:
+    """Rollouts in the order of the requests, the engine totals of each worker and its busy seconds."""
+
+    rollouts: list[Rollout]
+    stats: list[EngineStats]
+    busy_s: list[float]
+
+
+def assign_groups(requests: Sequence[Request], predicted: Mapping[str, float], num_workers: int) -> list[list[Request]]:
+    """Deals whole groups to workers: longest predicted first, each to the worker with the least predicted tokens.
+
+    predicted: expected response tokens per prompt_id; unknown prompts count as the mean of the known ones. Pure and
+    deterministic. Returns one list per worker, its groups longest first.
+    """
+    groups: dict[int, list[Request]] = defaultdict(list)
+    for request in requests:
+        groups[request.group].append(request)
+    fallback = sum(predicted.values()) / len(predicted) if predicted else 1.0
+    ranked = sorted(groups.values(), key=lambda group: -predicted.get(group[0].prompt_id, fallback))
+    dealt: list[list[Request]] = [[] for _ in range(num_workers)]
+    load = [0.0] * num_workers
+    for group in ranked:
+        worker = min(range(num_workers), key=load.__getitem__)
+        dealt[worker] += group
+        load[worker] += predicted.get(group[0].prompt_id, fallback) * len(group)
+    return dealt
+
+
+def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: float) -> list[Any]:
+    """ray.get with a deadline; PoolError or PoolTimeout names the first actor that did not deliver."""
+    try:
+        return ray.get(list(refs), timeout=timeout_s)
+    except GetTimeoutError:
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        late = [name for ref, name in zip(refs, names, strict=True) if ref not in done]
+        raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {', '.join(late)}") from None
+    except RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PoolError(f"{what}: an actor died ({', '.join(names)}): {reason}") from error
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        raise PoolError(f"{what}: {type(cause).__name__}: {cause}") from error
+
+
+class RolloutPool:
+    """`num_workers` Ray actors with the same spec."""
+
+    def __init__(self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float) -> None:
+        actor = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus)
+        self._workers = [actor.remote(spec) for _ in range(num_workers)]
+        self._names = [f"rollout worker {i}" for i in range(num_workers)]
+
+    def ready(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Waits until every worker has loaded its model; what each reports about itself."""
+        return wait_for([w.ready.remote() for w in self._workers], self._names, "start", timeout_s)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        predicted: Mapping[str, float],
+        timeout_s: float,
+        speculate: bool = True,
+    ) -> PoolResult:
+        """Runs the requests to their end on all workers."""
+        dealt = assign_groups(requests, predicted, len(self._workers))
+        refs = [
+            worker.generate.remote(share, speculate, timeout_s)
+            for worker, share in zip(self._workers, dealt, strict=True)
+        ]
+        results: list[GenerateResult] = wait_for(refs, self._names, "rollouts", timeout_s)
+        by_uid = {rollout.request.uid: rollout for result in results for rollout in result.rollouts}
+        lost = [request.uid for request in requests if request.uid not in by_uid]
+        if lost:
+            raise PoolError(f"rollouts: {len(lost)} of {len(requests)} requests did not come back, first uid {lost[0]}")
+        return PoolResult(
+            [by_uid[request.uid] for request in requests],
+            [result.stats for result in results],
+            [result.seconds for result in results],
+        )
+
+    def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
+        """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
+        refs = [worker.update_policy.remote(weights, version) for worker in self._workers]
+        served = wait_for(refs, self._names, f"weights of version {version}", timeout_s)
+        if set(served) != {version}:
+            raise PoolError(f"weights: workers serve versions {served}, expected {version}")
+
+    def publish(self, step: int, records: list[HistoryRecord], timeout_s: float) -> None:
+        """Ships the step's finished rollouts to every worker once; their drafters roll their windows."""
+        shared = ray.put(records)
+        refs = [worker.publish.remote(step, shared) for worker in self._workers]
+        wait_for(refs, self._names, f"history of step {step}", timeout_s)

@@ -1,0 +1,319 @@
+"""The synchronous GRPO loop: rollouts, rewards, update, weights, history; one step after the other.
+
+Invariants
+- Step s samples with the weights of version s - 1; the tokens of a step are a pure function of those weights, the run
+  seed and the prompts, so a resumed job repeats what the killed one would have done.
+- A step is logged before the next one starts; a checkpoint holds the state after a whole step.
+- A proof step replays the same requests with drafting off before the weights move, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipstream.conf.schema import Settings
+from slipstream.drafter.history import HistoryLog
+from slipstream.rollout.engine import EngineError
+from slipstream.rollout.types import Request, Rollout, Sampling
+from slipstream.trainer import checkpoint
+from slipstream.trainer.config import model_folder
+from slipstream.trainer.data.prompts import PromptSet, load_prompts
+from slipstream.trainer.data.rewards import RewardScorer
+from slipstream.trainer.data.tokenizer import TOKENIZER_FILES, ChatTokenizer, load_tokenizer
+from slipstream.trainer.errors import ClusterError, SlipstreamError, StalledError
+from slipstream.trainer.job_state import JobState
+from slipstream.trainer.progress import format_progress, format_summary
+from slipstream.trainer.report import write_report
+from slipstream.trainer.samples import (
+    make_requests,
+    rollout_records,
+    sample_metrics,
+    score_step,
+    speculation_metrics,
+)
+from slipstream.trainer.tracking import Tracker, read_jsonl
+
+INTERRUPTED = 130
+
+
+def run_job(settings: Settings, run_dir: Path, resume: bool) -> int:
+    """Runs a job to its end in `run_dir`; returns the exit code. Data and rewards are checked before Ray starts."""
+    folder = model_folder(settings.model.path)
+    model_path = str(folder.resolve()) if folder is not None else settings.model.path
+    tokenizer = load_tokenizer(model_path)
+    prompts = load_prompts(settings.data, tokenizer, settings.run.seed)
+    for left_out in prompts.left_out:
+        print(f"data: {left_out.line()}", file=sys.stderr)
+    scorer = RewardScorer(settings.reward)
+    try:
+        scorer.check(prompts.train)
+        with _errors_as_lines():
+            return _run_on_ray(settings, run_dir, resume, model_path, tokenizer, prompts, scorer)
+    finally:
+        scorer.close()
+
+
+@contextmanager
+def _errors_as_lines() -> Iterator[None]:
+    from slipstream.rollout.pool import PoolTimeout
+
+    try:
+        yield
+    except PoolTimeout as error:
+        raise StalledError(str(error)) from error
+    except EngineError as error:
+        raise ClusterError(str(error)) from error
+
+
+def _run_on_ray(
+    settings: Settings,
+    run_dir: Path,
+    resume: bool,
+    model_path: str,
+    tokenizer: ChatTokenizer,
+    prompts: PromptSet,
+    scorer: RewardScorer,
+) -> int:
+    from slipstream.trainer.cluster import ray_cluster
+
+    state = JobState(HistoryLog(settings.drafter.window_epochs))
+    found = checkpoint.latest(run_dir) if resume else None
+    if found is not None:
+        state = JobState.load(found, settings.drafter.window_epochs)
+        print(f"resume: {found} (step {state.step})")
+    elif resume:
+        print(f"resume: no complete checkpoint in {run_dir}, starting from step 1")
+    tracker = Tracker(run_dir, settings.model_dump(mode="json"), settings.tracking, state.wandb_run_id)
+    state.wandb_run_id = tracker.wandb_run_id
+    exit_code = 1
+    try:
+        if resume:
+            tracker.truncate_after(state.step)
+        with ray_cluster(settings.cluster):
+            loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state)
+            loop.start(found)
+            loop.run()
+        exit_code = 0
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted after step {state.step}; carry on: slipstream train --resume {run_dir}",
+            file=sys.stderr,
+        )
+        exit_code = INTERRUPTED
+    finally:
+        tracker.finish(exit_code)
+    if exit_code == 0:
+        records, _ = read_jsonl(run_dir / "metrics.jsonl")
+        print(format_summary(records))
+        print(f"report: {write_report(run_dir)}")
+    return exit_code
+
+
+class TrainLoop:
+    """Owns the actors and the state of one job."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run_dir: Path,
+        model_path: str,
+        tokenizer: ChatTokenizer,
+        prompts: PromptSet,
+        scorer: RewardScorer,
+        tracker: Tracker,
+        state: JobState,
+    ) -> None:
+        self.settings, self.run_dir, self.state = settings, run_dir, state
+        self.tokenizer, self.prompts, self.scorer, self.tracker = tokenizer, prompts, scorer, tracker
+        self.order = prompts.order(settings.algo.num_prompts_per_step)
+        self.sampling = Sampling(
+            max_new_tokens=settings.sampling.max_new_tokens,
+            temperature=settings.sampling.temperature,
+            top_p=settings.sampling.top_p,
+            top_k=settings.sampling.top_k,
+            seed=settings.run.seed,
+            stop_token_ids=tokenizer.stop_token_ids,
+        )
+        self._model_path = model_path
+        self._step_seconds: list[float] = []
+
+    # ---- start
+
+    def start(self, resumed_from: Path | None) -> None:
+        """Starts the actors, waits for them together, restores a checkpoint."""
+        import ray
+
+        from slipstream.rollout.pool import RolloutPool, wait_for
+        from slipstream.trainer.cluster import learner_spec, worker_spec
+        from slipstream.trainer.policy import PolicyLearner
+
+        cluster, deadline = self.settings.cluster, self.settings.cluster.start_timeout_s
+        longest = max(len(prompt.tokens) for prompt in self.prompts.train)
+        spec = worker_spec(self.settings, self._model_path, longest)
+        self._pool = RolloutPool(spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+        options = {"num_cpus": cluster.cpus_for_learner, "num_gpus": cluster.gpus_for_learner}
+        actor = ray.remote(PolicyLearner).options(**options)
+        self._learner = actor.remote(learner_spec(self.settings, self._model_path))
+        self._wait = wait_for
+        facts = self._pool.ready(deadline)[0]
+        self._ask(self._learner.ready.remote(), "start", deadline)
+        print(
+            f"{self.settings.experiment_name}: {cluster.num_workers} rollout workers on {facts['device']}, "
+            f"{facts['kernels']} kernels ({facts['reason']}), run folder {self.run_dir}"
+        )
+        if resumed_from is not None:
+            self._ask(self._learner.load.remote(str(resumed_from)), "checkpoint", deadline)
+            self._publish_weights()
+            by_step: dict[int, list[Any]] = {}
+            for record in self.state.history:
+                by_step.setdefault(record.step, []).append(record)
+            for step in sorted(by_step):
+                self._pool.publish(step, by_step[step], deadline)
+
+    def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
+        return self._wait([ref], ["the policy learner"], what, timeout_s)[0]
+
+    def _publish_weights(self) -> None:
+        timeout_s = self.settings.cluster.update_timeout_s
+        # The object reference goes from the learner to the workers; the driver never holds the weights.
+        self._pool.update_policy(self._learner.weights.remote(), self.state.step, timeout_s)
+
+    # ---- steps
+
+    def run(self) -> None:
+        """All remaining steps, and a checkpoint at the end."""
+        num_steps = self.settings.algo.num_steps
+        while self.state.step < num_steps:
+            started = time.perf_counter()
+            metrics = self.step(self.state.step + 1)
+            every = self.settings.checkpoint.every_steps
+            if self.state.step == num_steps or (every and self.state.step % every == 0):
+                metrics["timing_s/save_checkpoint"] = self._save()
+            metrics["timing_s/step"] = time.perf_counter() - started
+            self._step_seconds.append(metrics["timing_s/step"])
+            self.tracker.log(metrics, self.state.step)
+            left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
+            print(format_progress(self.state.step, num_steps, metrics, left), flush=True)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One training step; returns its metrics. Advances the state."""
+        settings, timeout_s = self.settings, self.settings.cluster.rollout_timeout_s
+        prompts = [self.prompts.train[i] for i in self.order.indices(step)]
+        requests = make_requests(prompts, step, settings.sampling.num_samples_per_prompt, self.sampling)
+        clock = _Clock()
+        result = self._pool.generate(requests, self.state.predicted_lengths, timeout_s)
+        clock.lap("gen")
+        metrics = speculation_metrics(result.rollouts, result.stats)
+        if self._is_proof(step):
+            metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
+            clock.lap("proof")
+        scored = score_step(prompts, result.rollouts, self.scorer, self.tokenizer, settings.algo.normalize_by_std)
+        clock.lap("reward")
+        for reason, count in scored.reasons.items():
+            print(f"step {step}: {count} samples left out of the loss: {reason}", file=sys.stderr)
+        metrics |= sample_metrics(scored, self.sampling.max_new_tokens)
+        metrics |= self._update(scored.train_samples(), step)
+        clock.lap("update_actor")
+        self.state.step = step
+        self._publish_weights()
+        clock.lap("update_weights")
+        history = scored.history(step)
+        self.state.history.add(history)
+        self._pool.publish(step, history, timeout_s)
+        clock.lap("publish")
+        self._observe_lengths(result.rollouts)
+        self.tracker.log_rollouts(rollout_records(scored, step, settings.sampling.num_samples_per_prompt))
+        tokens = sum(len(rollout.tokens) for rollout in result.rollouts)
+        return (
+            metrics
+            | clock.seconds
+            | {
+                "perf/throughput": tokens / clock.seconds["timing_s/gen"],
+                "perf/total_num_tokens": float(tokens),
+                "perf/worker_idle_share": 1.0 - sum(result.busy_s) / (max(result.busy_s) * len(result.busy_s)),
+                "training/global_step": float(step),
+                "training/epoch": float(self.order.epoch(step)),
+            }
+        )
+
+    def _update(self, samples: list[Any], step: int) -> dict[str, float]:
+        if not samples:
+            print(f"step {step}: no sample has a reward; the update is skipped", file=sys.stderr)
+            return {"actor/num_updates": 0.0}
+        ref = self._learner.update.remote(samples, step)
+        return self._ask(ref, f"update of step {step}", self.settings.cluster.update_timeout_s)
+
+    def _observe_lengths(self, rollouts: list[Rollout]) -> None:
+        ended = [rollout for rollout in rollouts if rollout.finish in ("stop", "length")]
+        lengths = np.array([len(rollout.tokens) for rollout in ended])
+        self.state.observe_lengths([rollout.request.prompt_id for rollout in ended], lengths)
+
+    # ---- proof
+
+    def _is_proof(self, step: int) -> bool:
+        proof = self.settings.proof
+        return proof.every_steps > 0 and step >= proof.first_step and (step - proof.first_step) % proof.every_steps == 0
+
+    def _prove(self, requests: list[Request], drafted: list[Rollout], seconds_on: float) -> dict[str, float]:
+        started = time.perf_counter()
+        timeout_s = self.settings.cluster.rollout_timeout_s
+        plain = self._pool.generate(requests, self.state.predicted_lengths, timeout_s, speculate=False).rollouts
+        seconds_off = time.perf_counter() - started
+        compared, different = compare_tokens(drafted, plain)
+        return {
+            "proof/gen_on_s": seconds_on,
+            "proof/gen_off_s": seconds_off,
+            "proof/tokens_compared": float(compared),
+            "proof/tokens_different": float(different),
+        }
+
+    # ---- checkpoint
+
+    def _save(self) -> float:
+        started = time.perf_counter()
+
+        def write(folder: Path) -> None:
+            timeout_s = self.settings.cluster.update_timeout_s
+            self._ask(self._learner.save.remote(str(folder.resolve())), "checkpoint", timeout_s)
+            for name in TOKENIZER_FILES:
+                if (self.tokenizer.folder / name).is_file():
+                    shutil.copy(self.tokenizer.folder / name, folder / "policy" / name)
+            self.state.save(folder)
+
+        checkpoint.save(self.run_dir, self.state.step, write, self.settings.checkpoint.keep_last)
+        return time.perf_counter() - started
+
+
+def compare_tokens(first: list[Rollout], second: list[Rollout]) -> tuple[int, int]:
+    """(tokens compared, tokens that differ) over two lists of rollouts of the same requests, in the same order.
+
+    A rollout that is longer than its twin differs in every token beyond the twin's end.
+    """
+    compared = different = 0
+    for a, b in zip(first, second, strict=True):
+        if a.request.uid != b.request.uid:
+            raise SlipstreamError(f"compared rollouts of uids {a.request.uid} and {b.request.uid}")
+        common = min(len(a.tokens), len(b.tokens))
+        compared += max(len(a.tokens), len(b.tokens))
+        different += int((a.tokens[:common] != b.tokens[:common]).sum()) + abs(len(a.tokens) - len(b.tokens))
+    return compared, different
+
+
+class _Clock:
+    """Wall seconds of consecutive parts, under verl's timing_s/ names."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"timing_s/{name}"], self._last = now - self._last, now

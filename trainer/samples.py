@@ -1,0 +1,169 @@
+"""Prompts to requests, rollouts to scored samples, samples to metrics and records.
+
+Invariants: uids and noise depend on (run seed, step, group, sample) only; a sample that cannot be used is counted
+with its reason and left out of the loss, and the job goes on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
+from slipstream.trainer.advantages import GroupCounts, grpo_advantages
+from slipstream.trainer.batch import TrainSample
+from slipstream.trainer.data.prompts import Prompt
+from slipstream.trainer.data.rewards import RewardScorer
+from slipstream.trainer.data.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredStep:
+    """The samples of one step: rewards and advantages [N], NaN reward and advantage 0 where left out; reasons counts
+    why samples were left out."""
+
+    prompts: list[Prompt]
+    rollouts: list[Rollout]
+    rewards: np.ndarray
+    advantages: np.ndarray
+    counts: GroupCounts
+    reasons: Counter[str]
+
+    def train_samples(self) -> list[TrainSample]:
+        """What the learner gets: every sample that has a reward."""
+        return [
+            TrainSample(r.request.prompt, r.tokens, r.logprobs, float(advantage))
+            for r, reward, advantage in zip(self.rollouts, self.rewards, self.advantages, strict=True)
+            if np.isfinite(reward)
+        ]
+
+    def history(self, step: int) -> list[HistoryRecord]:
+        """What drafters remember: every response that ended by itself or at its limit."""
+        return [
+            HistoryRecord(r.request.prompt_id, step, r.request.uid, r.tokens)
+            for r in self.rollouts
+            if r.finish in ("stop", "length")
+        ]
+
+
+def make_requests(prompts: Sequence[Prompt], step: int, num_samples: int, sampling: Sampling) -> list[Request]:
+    """The requests of one step: group i is prompt i, with `num_samples` samples."""
+    return [
+        Request(request_uid(sampling.seed, step, group, sample), prompt.prompt_id, group, prompt.tokens, sampling)
+        for group, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
+
+
+def score_step(
+    prompts: Sequence[Prompt],
+    rollouts: list[Rollout],
+    scorer: RewardScorer,
+    tokenizer: ChatTokenizer,
+    normalize_by_std: bool,
+) -> ScoredStep:
+    """Rewards and group advantages. prompts: one per group, indexed by Request.group."""
+    rewards = np.full(len(rollouts), np.nan)
+    reasons: Counter[str] = Counter()
+    for i, rollout in enumerate(rollouts):
+        if rollout.finish in ("abort", "error"):
+            reasons[rollout.error or "aborted"] += 1
+            continue
+        stops = rollout.request.sampling.stop_token_ids
+        tokens = rollout.tokens[:-1] if rollout.finish == "stop" and rollout.tokens[-1] in stops else rollout.tokens
+        score = scorer.score(prompts[rollout.request.group], tokenizer.decode(tokens.tolist()))
+        if score.value is None:
+            reasons[score.error] += 1
+        else:
+            rewards[i] = score.value
+    groups = np.array([rollout.request.group for rollout in rollouts])
+    advantages, counts = grpo_advantages(rewards, groups, normalize_by_std)
+    return ScoredStep(list(prompts), rollouts, rewards, advantages, counts, reasons)
+
+
+def sample_metrics(scored: ScoredStep, max_new_tokens: int) -> dict[str, float]:
+    """Rewards, lengths and what was left out, under verl's names."""
+    lengths = np.array([len(r.tokens) for r in scored.rollouts if r.finish in ("stop", "length")])
+    rewards = scored.rewards[np.isfinite(scored.rewards)]
+    out: dict[str, float] = {
+        "das/samples_left_out": float(scored.counts.num_left_out),
+        "critic/groups_uniform": float(scored.counts.num_uniform),
+    }
+    for name, values in (("critic/rewards", rewards), ("critic/advantages", scored.advantages)):
+        if len(values):
+            out |= {f"{name}/mean": values.mean(), f"{name}/max": values.max(), f"{name}/min": values.min()}
+    if len(lengths):
+        out |= {
+            "response_length/mean": lengths.mean(),
+            "response_length/max": lengths.max(),
+            "response_length/min": lengths.min(),
+            "response_length/clip_ratio": float(np.mean([r.finish == "length" for r in scored.rollouts])),
+        }
+    prompt_lengths = np.array([len(r.request.prompt) for r in scored.rollouts])
+    out |= {"prompt_length/mean": prompt_lengths.mean(), "prompt_length/max": prompt_lengths.max()}
+    return {name: float(value) for name, value in out.items()}
+
+
+def speculation_metrics(rollouts: Sequence[Rollout], stats: Sequence[EngineStats]) -> dict[str, float]:
+    """Acceptance under verl's names and per source, and where the engines' time went.
+
+    rollout/spec_accept_rate: mean over requests of accepted / drafted; rollout/spec_accept_length: mean of
+    1 + accepted / rounds; das/accepted_per_round: accepted draft tokens per forward round, over all requests.
+    """
+    rounds = sum(r.spec.rounds for r in rollouts)
+    drafted, accepted = sum(r.spec.drafted for r in rollouts), sum(r.spec.accepted for r in rollouts)
+    out = {
+        "das/drafted": float(drafted),
+        "das/accepted": float(accepted),
+        "das/accepted_per_round": accepted / rounds if rounds else 0.0,
+        "das/invalid_drafts": float(sum(s.invalid_drafts for s in stats)),
+        "das/engine_steps": float(max((s.steps for s in stats), default=0)),
+        "rollout/spec_accept_length": float(np.mean([1 + r.spec.accepted / max(1, r.spec.rounds) for r in rollouts])),
+    }
+    rates = [r.spec.accepted / r.spec.drafted for r in rollouts if r.spec.drafted]
+    if rates:
+        out["rollout/spec_accept_rate"] = float(np.mean(rates))
+    sources: Counter[str] = Counter()
+    for rollout in rollouts:
+        sources.update(rollout.spec.by_source)
+    out |= {f"das/accepted_{name}": float(sources[name]) for name in ("self", "sibling", "history", "prompt")}
+    total = sum(s.total_s for s in stats) or 1.0
+    for part in ("forward_s", "sample_s", "draft_s", "other_s"):
+        out[f"das/engine_share_{part[:-2]}"] = sum(getattr(s, part) for s in stats) / total
+    return out
+
+
+def rollout_records(scored: ScoredStep, step: int, num_samples: int) -> list[dict[str, Any]]:
+    """One JSON object per rollout: what a replay or a reader of the run needs."""
+    records = []
+    for i, rollout in enumerate(scored.rollouts):
+        reward, request = scored.rewards[i], rollout.request
+        records.append(
+            {
+                "step": step,
+                "uid": request.uid,
+                "prompt_id": request.prompt_id,
+                "group": request.group,
+                "sample": i % num_samples,
+                "level": scored.prompts[request.group].level,
+                "num_tokens": len(rollout.tokens),
+                "tokens": rollout.tokens.tolist(),
+                "reward": float(reward) if np.isfinite(reward) else None,
+                "finish": rollout.finish,
+                "error": rollout.error,
+                "policy_version": int(rollout.policy_versions[-1]) if len(rollout.policy_versions) else None,
+                "spec": {
+                    "rounds": rollout.spec.rounds,
+                    "drafted": rollout.spec.drafted,
+                    "accepted": rollout.spec.accepted,
+                    "by_source": rollout.spec.by_source,
+                },
+            }
+        )
+    return records
