@@ -148,7 +148,9 @@ class BudgetConfig(Strict):
 
     name: Literal["off", "fixed", "tail"] = "tail"
     num_draft_tokens: NonNegativeInt = Field(8, description="fixed: draft tokens of every request.")
-    max_step_tokens: PositiveInt = Field(128, description="tail: tokens per forward pass shared by the live requests.")
+    knee_tokens: PositiveFloat = Field(
+        48.0, description="tail: tokens whose cost equals the fixed cost of a pass; about 300 for a 7B on an H100."
+    )
 
 
 class ClusterConfig(Strict):

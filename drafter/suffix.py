@@ -52,11 +52,11 @@ class SuffixDrafter:
 
     name = "suffix"
 
-    def __init__(self, window_epochs: int = 16, min_match: int = 2, decay: float = 0.9) -> None:
+    def __init__(self, window_epochs: int = 16, min_match: int = 2, decay: float = 0.9, escape: float = 0.5) -> None:
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay is {decay}; allowed: above 0 and at most 1")
         self.history = HistoryLog(window_epochs)
-        self.min_match, self.decay = min_match, decay
+        self.min_match, self.decay, self.escape = min_match, decay, escape
         self._prompts: dict[str, _PromptIndex] = {}
         self._open: dict[int, _Open] = {}
         self._inserted: set[int] = set()
@@ -80,7 +80,8 @@ class SuffixDrafter:
             prompt = self._prompts[held.prompt_id]
             # START counts as context: a response that has matched from its first token on needs no minimum.
             min_match = min(self.min_match, int(batch.num_generated[row]) + 1)
-            draft = prompt.index.continuation(held.sequence, limit, min_match, float(price.min_accept_prob[row]))
+            min_prob = float(price.min_accept_prob[row])
+            draft = prompt.index.continuation(held.sequence, limit, min_match, min_prob, self.escape)
             if draft is None:
                 continue
             count = len(draft.tokens)

@@ -113,12 +113,13 @@ class SuffixIndex:
         return len(self._next) - 1
 
     def continuation(
-        self, sequence: int, max_tokens: int, min_match: int = 1, min_prob: float = 0.0
+        self, sequence: int, max_tokens: int, min_match: int = 1, min_prob: float = 0.0, escape: float = 0.0
     ) -> Continuation | None:
         """What most often followed the longest suffix of `sequence` that was ever continued; None without one.
 
         Follows the heaviest continuation (ties: the one seen first) until max_tokens, or until the product of the
-        relative weights falls below min_prob, or the text ends.
+        relative weights falls below min_prob, or the text ends. escape: weight, in occurrences of `sequence`, of
+        "something never seen here": it keeps a context seen once from looking certain.
         """
         state = self._last[sequence]
         while state != ROOT and not self._follow[state]:
@@ -129,12 +130,13 @@ class SuffixIndex:
         tokens: list[int] = []
         probs: list[float] = []
         prob, source = 1.0, -1
+        unseen = escape * self._weight[sequence]
         while len(tokens) < max_tokens:
             follow = self._follow[state]
             if not follow:
                 break
             token = max(follow, key=follow.__getitem__)
-            prob *= follow[token] / sum(follow.values())
+            prob *= follow[token] / (sum(follow.values()) + unseen)
             if prob < min_prob:
                 break
             if not tokens:

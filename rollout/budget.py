@@ -43,17 +43,22 @@ class FixedBudget:
 
 
 class TailBudget:
-    """A fixed number of tokens per forward pass, shared by the live requests (our own choice).
+    """Draft token j of a request iff its probability of acceptance q_j is at least B / (B + knee_tokens).
 
-    With B live requests each may draft (max_step_tokens - B) / B tokens: almost none while the batch is full and the
-    pass is compute-bound, up to `max_draft_tokens` in the tail, where a pass costs the same for one token or thirty.
+    The price rule (lambda_i + c_tok) q_ij >= c_tok of the DAS programme's Lagrangian with lambda_i = c_base / B: every
+    one of the B live requests is held to be equally likely to finish last. knee_tokens = c_base / c_tok, the number
+    of tokens that cost as much as a pass itself. While the batch is full only safe tokens pass; in the tail almost
+    everything does, because a pass costs the same for one token or thirty.
     """
 
-    def __init__(self, max_step_tokens: int, max_draft_tokens: int) -> None:
-        self.max_step_tokens, self.max_draft_tokens = max_step_tokens, max_draft_tokens
+    def __init__(self, knee_tokens: float, max_draft_tokens: int) -> None:
+        self.knee_tokens, self.max_draft_tokens = knee_tokens, max_draft_tokens
 
     def price(self, live: LiveBatch, cost: Any = None, lengths: Any = None) -> Price:
-        """An equal share of the spare tokens for every row."""
+        """The same threshold for every row."""
         rows = len(live)
-        share = max(0, self.max_step_tokens - rows) // rows if rows else 0
-        return _price(np.full(rows, min(share, self.max_draft_tokens)))
+        threshold = rows / (rows + self.knee_tokens)
+        return Price(
+            max_draft=np.full(rows, self.max_draft_tokens, np.int32),
+            min_accept_prob=np.full(rows, threshold, np.float32),
+        )

@@ -5,6 +5,7 @@ Invariants: weights come from safetensors only; a model with random_init depends
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ def load_policy(
     """
     if random_init_seed is None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
+        # Loaded tensors may be maps of the file: whoever replaces it would kill this process with a bus error.
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
     else:
         torch.manual_seed(random_init_seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype])

@@ -42,7 +42,7 @@ class WorkerSpec:
     max_draft_tokens: int
     budget: str
     num_draft_tokens: int
-    max_step_tokens: int
+    knee_tokens: float
     engine_extra_args: Mapping[str, Any]
 
 
@@ -68,7 +68,7 @@ def make_budget(spec: WorkerSpec) -> BudgetPolicy | None:
         return None
     if spec.budget == "fixed":
         return FixedBudget(spec.num_draft_tokens)
-    return TailBudget(spec.max_step_tokens, spec.max_draft_tokens) if spec.budget == "tail" else OffBudget()
+    return TailBudget(spec.knee_tokens, spec.max_draft_tokens) if spec.budget == "tail" else OffBudget()
 
 
 class RolloutWorker:

@@ -110,7 +110,7 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
         max_draft_tokens=drafter.max_draft_tokens,
         budget=budget.name,
         num_draft_tokens=budget.num_draft_tokens,
-        max_step_tokens=budget.max_step_tokens,
+        knee_tokens=budget.knee_tokens,
         engine_extra_args=engine.extra_args,
     )
 

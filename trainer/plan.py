@@ -216,7 +216,7 @@ def _speculation_lines(settings: Settings) -> list[str]:
     shares = {
         "off": "off: nothing is drafted",
         "fixed": f"fixed, {budget.num_draft_tokens} tokens for every request",
-        "tail": f"tail, {budget.max_step_tokens} tokens per forward pass over all live requests",
+        "tail": f"tail, priced at {budget.knee_tokens:g} tokens per pass",
     }
     named = ", ".join(str(step) for step in steps[:6]) + (", ..." if len(steps) > 6 else "")
     proof = f"{len(steps)} steps replayed with drafting off: {named}" if steps else "no replays"

@@ -32,6 +32,7 @@ from slipstream.trainer.errors import ConfigError, SlipstreamError
 FINAL_LEARNING_RATE_SHARE = 0.1
 CURRICULUM_START_SHARE = 0.1
 """Longest document at the start of the curriculum, as a share of row_tokens."""
+MAX_PASSED_OVER = 256
 FILL = 0.95
 """Documents are drawn up to this share of a step's tokens; first-fit wastes about the rest."""
 
@@ -96,15 +97,22 @@ def longest_document(step: int, num_steps: int, curriculum: float, row_tokens: i
 
 
 def draw_documents(stream: Iterator[Document], num_tokens: int, longest: int) -> list[Document]:
-    """Documents of at most `longest` tokens each, up to `num_tokens` together; at least one."""
+    """Documents of at most `longest` tokens each, up to `num_tokens` together; at least one.
+
+    Where a stream has none that short, the shortest of the first MAX_PASSED_OVER.
+    """
     documents: list[Document] = []
+    passed_over: list[Document] = []
     for document in stream:
-        if len(document.tokens) > longest:
-            continue
-        num_tokens -= len(document.tokens)
-        if documents and num_tokens < 0:
-            break
-        documents.append(document)
+        if len(document.tokens) <= longest:
+            num_tokens -= len(document.tokens)
+            if documents and num_tokens < 0:
+                break
+            documents.append(document)
+        elif not documents:
+            passed_over.append(document)
+            if len(passed_over) == MAX_PASSED_OVER:
+                return [min(passed_over, key=lambda one: len(one.tokens))]
     return documents
 
 
@@ -178,7 +186,8 @@ def train(
         longest = longest_document(step, args.num_steps, args.curriculum, args.row_tokens)
         documents = draw_documents(stream, int(args.num_rows * args.row_tokens * FILL), longest)
         # Rows only as long as the curriculum needs: attention is quadratic in them.
-        rows = pack(documents, longest, pad_id(tokenizer))
+        row_tokens = max(longest, max(len(document.tokens) for document in documents))
+        rows = pack(documents, row_tokens, pad_id(tokenizer))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_share(step, args.num_steps, args.warmup_steps)
         loss = packed_loss(model, rows)
@@ -222,9 +231,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="`tiny` (0.8 M parameters, random weights), a model folder, or a hub id",
     )
     add("--num-steps", type=int, default=1000)
-    add("--num-rows", type=int, default=4, help="packed rows in one step")
+    add("--num-rows", type=int, default=2, help="packed rows in one step")
     add("--row-tokens", type=int, default=576, help="length of a row; longer documents are left out")
-    add("--learning-rate", type=float, default=3e-3)
+    add("--learning-rate", type=float, default=2e-3)
     add("--warmup-steps", type=int, default=30)
     add("--weight-decay", type=float, default=0.01)
     add(
@@ -234,7 +243,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of the run over which documents grow to full length",
     )
     add("--seed", type=int, default=0)
-    add("--threads", type=int, default=2, help="torch threads")
+    add("--threads", type=int, default=1, help="torch threads; a model this small gains little from more")
     add("--log-every", type=int, default=50, help="steps")
     add("--eval-every", type=int, default=500, help="steps; the last step is always evaluated")
     add("--num-eval", type=int, default=128, help="fresh problems to evaluate on (--task); 0: none")

@@ -100,6 +100,12 @@ def test_document_that_fits_no_row() -> None:
         pack([Document(np.zeros(9, np.int32), 1)], 8, pad_id=0)
 
 
+def test_a_curriculum_shorter_than_every_document_takes_the_shortest(documents: list[Document]) -> None:
+    drawn = draw_documents(stream_rows(documents, seed=0), num_tokens=500, longest=3)
+    assert len(drawn) == 1
+    assert len(drawn[0].tokens) == min(len(document.tokens) for document in documents)
+
+
 def test_schedules() -> None:
     shares = [learning_rate_share(step, 100, 10) for step in range(100)]
     assert shares[0] == pytest.approx(0.1)

@@ -147,7 +147,7 @@ def _raise_exception(message: str) -> None:
 class _GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}` marks text to train on; here it is only rendered."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (the type that jinja2 declares)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
