@@ -9,6 +9,7 @@ Invariants
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -42,6 +43,7 @@ from slipstream.trainer.samples import (
 from slipstream.trainer.tracking import Tracker, read_jsonl
 
 INTERRUPTED = 130
+_IMPORTED_AT = time.perf_counter()
 
 
 def run_job(settings: Settings, run_dir: Path, resume: bool) -> int:
@@ -144,6 +146,7 @@ class TrainLoop:
         )
         self._model_path = model_path
         self._step_seconds: list[float] = []
+        self._proof_steps = settings.proof.steps(settings.algo.num_steps)
 
     # ---- start
 
@@ -167,8 +170,10 @@ class TrainLoop:
         self._ask(self._learner.ready.remote(), "start", deadline)
         print(
             f"{self.settings.experiment_name}: {cluster.num_workers} rollout workers on {facts['device']}, "
-            f"{facts['kernels']} kernels ({facts['reason']}), run folder {self.run_dir}"
+            f"{facts['kernels']} kernels ({facts['reason']}), ready after {process_age_s():.1f} s"
         )
+        print(f"run folder: {self.run_dir}")
+        self._startup_s: float | None = process_age_s()
         if resumed_from is not None:
             self._ask(self._learner.load.remote(str(resumed_from)), "checkpoint", deadline)
             self._publish_weights()
@@ -198,6 +203,8 @@ class TrainLoop:
             if self.state.step == num_steps or (every and self.state.step % every == 0):
                 metrics["timing_s/save_checkpoint"] = self._save()
             metrics["timing_s/step"] = time.perf_counter() - started
+            if self._startup_s is not None:
+                metrics["timing_s/startup"], self._startup_s = self._startup_s, None
             self._step_seconds.append(metrics["timing_s/step"])
             self.tracker.log(metrics, self.state.step)
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
@@ -212,7 +219,7 @@ class TrainLoop:
         result = self._pool.generate(requests, self.state.predicted_lengths, timeout_s)
         clock.lap("gen")
         metrics = speculation_metrics(result.rollouts, result.stats)
-        if self._is_proof(step):
+        if step in self._proof_steps:
             metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
             clock.lap("proof")
         scored = score_step(prompts, result.rollouts, self.scorer, self.tokenizer, settings.algo.normalize_by_std)
@@ -258,10 +265,6 @@ class TrainLoop:
 
     # ---- proof
 
-    def _is_proof(self, step: int) -> bool:
-        proof = self.settings.proof
-        return proof.every_steps > 0 and step >= proof.first_step and (step - proof.first_step) % proof.every_steps == 0
-
     def _prove(self, requests: list[Request], drafted: list[Rollout], seconds_on: float) -> dict[str, float]:
         started = time.perf_counter()
         timeout_s = self.settings.cluster.rollout_timeout_s
@@ -305,6 +308,15 @@ def compare_tokens(first: list[Rollout], second: list[Rollout]) -> tuple[int, in
         compared += max(len(a.tokens), len(b.tokens))
         different += int((a.tokens[:common] != b.tokens[:common]).sum()) + abs(len(a.tokens) - len(b.tokens))
     return compared, different
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, its imports included (Linux: from /proc; elsewhere 0 at import)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.perf_counter() - _IMPORTED_AT
 
 
 class _Clock:

@@ -242,6 +242,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.6,
         help="share of the run over which documents grow to full length",
     )
+    add("--slip-rate", type=float, default=0.0, help="share of wrong sums in the demonstrations (--task)")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1, help="torch threads; a model this small gains little from more")
     add("--log-every", type=int, default=50, help="steps")
@@ -252,8 +253,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("num_steps", "num_rows", "row_tokens", "log_every", "eval_every", "threads"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}; allowed: 1 or more")
-    if not 0 <= args.curriculum <= 1:
-        raise ConfigError(f"--curriculum={args.curriculum}; allowed: 0 (off) to 1")
+    for name in ("curriculum", "slip_rate"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}; allowed: 0 (off) to 1")
     return args
 
 
@@ -295,7 +297,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"slipstream: {count} rows left out: {reason}", file=sys.stderr)
         stream = stream_rows(documents, args.seed)
     else:
-        stream = stream_task(tokenizer, args.seed)
+        stream = stream_task(tokenizer, args.seed, args.slip_rate)
         if args.num_eval:
             task = TaskConfig(num_train=1, num_validation=args.num_eval, seed=args.seed)
             prompts = load_prompts(DataConfig(task=task), tokenizer, args.seed).validation

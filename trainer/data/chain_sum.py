@@ -40,6 +40,8 @@ LEVEL_WEIGHTS = {1: 0.20, 2: 0.30, 3: 0.25, 4: 0.13, 5: 0.07, 6: 0.05}
 """Share of each level in a data set that holds all of them."""
 VALIDATION_SHARE = 1 / 8
 MAX_DRAWS = 2000
+SLIP_SIZES = (-10, -2, -1, 1, 2, 10)
+"""A forgotten or needless carry, or a miscount."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,21 @@ def draw_problem(rng: np.random.Generator, num_steps: int) -> ChainSum:
         terms.append(int(rng.choice(allowed)))
         total += terms[-1]
     return ChainSum(start, tuple(terms))
+
+
+def worked_with_slips(problem: ChainSum, rng: np.random.Generator, slip_rate: float) -> str:
+    """The worked answer as someone careless writes it: each sum is off by a little with probability `slip_rate`.
+
+    The chain goes on from the wrong total, so a slip is one wrong sum in an otherwise consistent answer. A slip
+    that would take a later total out of 0..99 is not made.
+    """
+    totals = problem.start + np.cumsum(problem.terms)
+    for step in range(len(totals)):
+        size = int(rng.choice(SLIP_SIZES)) if rng.random() < slip_rate else 0
+        if totals[step:].min() + size >= 0 and totals[step:].max() + size <= MAX_TOTAL:
+            totals[step:] += size
+    lines = [f"{key}{term:+d}={total}" for key, term, total in zip(KEYS, problem.terms, totals, strict=False)]
+    return "\n".join([*lines, f"#### {totals[-1]}"])
 
 
 def level_counts(num_problems: int, min_level: int, max_level: int) -> dict[int, int]:

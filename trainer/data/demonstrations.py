@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from jinja2 import TemplateError
 
-from slipstream.trainer.data.chain_sum import stream_problems
+from slipstream.trainer.data.chain_sum import stream_problems, worked_with_slips
 from slipstream.trainer.data.packing import Document
 from slipstream.trainer.data.parquet import read_table
 from slipstream.trainer.data.prompts import RowError, check_messages
@@ -33,10 +33,12 @@ def to_document(tokenizer: ChatTokenizer, messages: list[dict[str, str]], answer
     return Document(np.concatenate([prompt, np.asarray(response, np.int32)]), len(prompt))
 
 
-def stream_task(tokenizer: ChatTokenizer, seed: int) -> Iterator[Document]:
-    """chain_sum, every document a new draw."""
+def stream_task(tokenizer: ChatTokenizer, seed: int, slip_rate: float = 0.0) -> Iterator[Document]:
+    """chain_sum, every document a new draw; `slip_rate`: share of sums that are stated wrongly."""
+    rng = np.random.default_rng([seed, 4])
     for problem in stream_problems(seed):
-        yield to_document(tokenizer, [{"role": "user", "content": problem.question}], problem.answer)
+        answer = worked_with_slips(problem, rng, slip_rate)
+        yield to_document(tokenizer, [{"role": "user", "content": problem.question}], answer)
 
 
 def stream_rows(documents: list[Document], seed: int) -> Iterator[Document]:

@@ -1,0 +1,185 @@
+"""The real job: real Ray, real processes killed, the `slipstream` command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "experiment=quickstart_short",
+    "algo.num_steps=4",
+    "checkpoint.every_steps=1",
+    "tracking=disabled",
+    "proof.every_steps=0",
+]
+DEADLINE_S = 150
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from slipstream.trainer.main import main; sys.exit(main())", *overrides]
+
+
+def run(folder: Path, *overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*overrides), cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tokens(run_dir: Path) -> dict[tuple[int, int], list[int]]:
+    records = jsonl(run_dir / "rollouts.jsonl")
+    out = {(record["step"], record["uid"]): record["tokens"] for record in records}
+    assert len(out) == len(records), "a rollout was logged twice"
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps on two workers, never interrupted."""
+    folder = tmp_path_factory.mktemp("job")
+    run(folder, "train", *SMALL, "run.name=plain")
+    return folder / "runs" / "plain"
+
+
+def test_the_short_quickstart_shows_what_it_promises(tmp_path: Path) -> None:
+    done = run(tmp_path, "train", "experiment=quickstart_short", "run.name=short")
+    run_dir = tmp_path / "runs" / "short"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    metrics = jsonl(run_dir / "metrics.jsonl")
+    assert len(lines) == len(metrics) > 3
+    for word in ("reward", "length", "rollout", "accepted/round", "tok/s", "left"):
+        assert word in lines[0]
+    proofs = [record for record in metrics if "proof/tokens_compared" in record]
+    assert len(proofs) >= 2
+    assert all(record["proof/tokens_different"] == 0 for record in proofs)
+    assert sum(record["proof/tokens_compared"] for record in proofs) >= 2000
+    assert sum(record["das/accepted_history"] for record in metrics) > 0
+    assert all(record["training/rollout_logprobs_diff_mean"] < 1e-4 for record in metrics)
+    page = (run_dir / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 4
+    assert (run_dir / "checkpoints").is_dir()
+    assert list(run_dir.glob("wandb/offline-run-*")), "W&B is offline by default"
+
+
+def test_a_killed_job_resumes_with_the_same_tokens(tmp_path: Path, undisturbed: Path) -> None:
+    job = subprocess.Popen(command("train", *SMALL, "run.name=killed"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    for line in job.stdout:
+        if re.match(r"step\s+2/", line):
+            break
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    run_dir = tmp_path / "runs" / "killed"
+    with (run_dir / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 3, "critic/rew')
+    done = run(tmp_path, "train", "--resume", str(run_dir))
+    assert "resume:" in done.stdout
+    assert tokens(run_dir) == tokens(undisturbed)
+    steps = [record["step"] for record in jsonl(run_dir / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+    # The drafter's memory came back too: the first step after the resume drafts from history.
+    resumed = next(r for r in jsonl(run_dir / "metrics.jsonl") if r["step"] == 3)
+    assert resumed["das/accepted_history"] > 0
+
+
+@pytest.mark.parametrize(
+    "change", [["cluster.num_workers=1"], ["drafter=off", "engine.max_live_requests=5"], ["drafter=ngram"]], ids=str
+)
+def test_workers_and_drafters_change_no_token(change: list[str], tmp_path: Path, undisturbed: Path) -> None:
+    run(tmp_path, "train", *SMALL, "run.name=other", *change)
+    expected = tokens(undisturbed)
+    assert sum(map(len, expected.values())) >= 2000
+    assert tokens(tmp_path / "runs" / "other") == expected
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    job = subprocess.Popen(
+        command("train", *SMALL, "algo.num_steps=500", "run.name=stopped"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("step"):
+            break
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "carry on: slipstream train --resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_bad_reward_function_costs_its_samples_only(tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    n = len(solution_str)\n"
+        "    if n % 3 == 0:\n"
+        "        raise RuntimeError('no such luck')\n"
+        "    return float('nan') if n % 3 == 1 else 1.0 / n\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    reward = ["reward.rule=custom", "reward.function=my_rewards.score"]
+    done = subprocess.run(
+        command("train", *SMALL, "run.name=bad", "algo.num_steps=2", *reward),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out of the loss" in done.stderr
+    assert "no such luck" in done.stderr
+    metrics = jsonl(tmp_path / "runs" / "bad" / "metrics.jsonl")
+    assert all(0 < record["das/samples_left_out"] < 32 for record in metrics)
+    assert any(record["reward"] is None for record in jsonl(tmp_path / "runs" / "bad" / "rollouts.jsonl"))
+
+
+def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("slipstream:")]
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dead_ray_address_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = time.monotonic()
+    done = run(tmp_path, "train", *SMALL, f"cluster.address={address}", check=False)
+    assert done.returncode == 1
+    one_line(done, address, "ray start")
+    assert time.monotonic() - started < 60
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = run(tmp_path, "train", *SMALL, "cluster.dashboard=true", f"cluster.dashboard_port={port}", check=False)
+    assert done.returncode == 1
+    one_line(done, "cluster.dashboard_port", str(port))
+
+
+def test_prompts_that_cannot_be_served_are_counted(tmp_path: Path) -> None:
+    done = run(tmp_path, "train", *SMALL, "run.name=cut", "algo.num_steps=1", "data.max_prompt_tokens=12")
+    assert "rows left out" in done.stderr

@@ -1,0 +1,164 @@
+"""The learner: micro-batches, updates, schedules, and what it saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.conf.schema import AlgoConfig
+from slipstream.rollout.model_loader import load_policy
+from slipstream.trainer.batch import TrainSample, micro_batches, split_updates
+from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate
+from slipstream.trainer.weight_sync import export_weights, num_bytes
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("policy")
+    tiny_model("qwen3").save_pretrained(path)
+    return str(path)
+
+
+def make_learner(folder: str, **algo: object) -> PolicyLearner:
+    config = AlgoConfig(**({"learning_rate": 1e-3, "num_steps": 10} | algo))
+    return PolicyLearner(LearnerSpec(folder, "float32", None, 0.0, 1, 1.0, config))
+
+
+def make_samples(seed: int, num: int = 6) -> list[TrainSample]:
+    rng = np.random.default_rng(seed)
+    model = tiny_model("qwen3")
+    out = []
+    for _ in range(num):
+        prompt = rng.integers(3, 96, rng.integers(1, 9)).astype(np.int32)
+        response = rng.integers(3, 96, rng.integers(1, 20)).astype(np.int32)
+        ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        logp = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        out.append(TrainSample(prompt, response, logp.numpy(), float(rng.normal())))
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=20), st.integers(8, 200))
+def test_micro_batches_hold_every_sample_once(shapes: list[tuple[int, int]], max_tokens: int) -> None:
+    samples = [
+        TrainSample(np.full(p, 1, np.int32), np.full(r, 2 + i, np.int32), np.full(r, -float(i), np.float32), float(i))
+        for i, (p, r) in enumerate(shapes)
+    ]
+    seen = []
+    for batch in micro_batches(samples, max_tokens):
+        rows, width = batch.input_ids.shape
+        assert rows * width <= max_tokens or rows == 1
+        for row in range(rows):
+            targets = batch.targets[row][batch.mask[row]]
+            assert len(set(targets.tolist())) == 1
+            i = int(targets[0]) - 2
+            seen.append(i)
+            assert len(targets) == shapes[i][1]
+            assert batch.attention[row].sum() == sum(shapes[i])
+            assert set(batch.old_logp[row][batch.mask[row]]) == {-float(i)}
+            assert batch.advantages[row, 0] == i
+            first = shapes[i][0]
+            assert batch.mask[row].argmax() == first - 1
+            assert batch.input_ids[row, first] == targets[0]
+    assert sorted(seen) == list(range(len(shapes)))
+
+
+def test_updates_split_interleaved() -> None:
+    assert [part.tolist() for part in split_updates(5, 2)] == [[0, 2, 4], [1, 3]]
+    assert split_updates(1, 4)[0].tolist() == [0]
+
+
+def test_micro_batches_do_not_change_the_update(folder: str) -> None:
+    samples = make_samples(0)
+    results = []
+    for max_tokens in (16, 10_000):
+        learner = make_learner(folder, max_tokens_per_microbatch=max_tokens)
+        metrics = learner.update(samples, step=1)
+        results.append((metrics, learner.weights()))
+    for name, value in results[0][0].items():
+        assert value == pytest.approx(results[1][0][name], rel=1e-3, abs=1e-5), name
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][name], atol=2e-4, rtol=0)
+
+
+def test_an_update_moves_towards_the_advantage(folder: str) -> None:
+    samples = [
+        TrainSample(s.prompt, s.response, s.logprobs, 1.0 if i % 2 else -1.0) for i, s in enumerate(make_samples(1))
+    ]
+    learner = make_learner(folder)
+    before = learner.update(samples, step=1)
+    assert before["training/rollout_logprobs_diff_mean"] < 1e-5
+    assert before["actor/ppo_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert before["actor/grad_norm"] > 0
+    after = learner.update(samples, step=2)
+    assert after["actor/pg_loss"] < before["actor/pg_loss"] - 1e-3
+
+
+def test_kl_is_zero_at_the_reference_and_grows(folder: str) -> None:
+    learner = make_learner(folder, kl_coef=0.1)
+    samples = make_samples(2)
+    assert learner.update(samples, 1)["actor/kl_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert learner.update(samples, 2)["actor/kl_loss"] > 1e-5
+
+
+def test_a_step_without_tokens_is_skipped(folder: str) -> None:
+    learner = make_learner(folder)
+    before = learner.weights()
+    assert learner.update([], step=1)["actor/num_updates"] == 0
+    empty = TrainSample(np.array([1], np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), 1.0)
+    assert learner.update([empty], step=1)["actor/num_updates"] == 0
+    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+
+
+def test_a_non_finite_gradient_does_not_reach_the_weights(folder: str) -> None:
+    learner = make_learner(folder)
+    before = learner.weights()
+    sample = make_samples(3, 1)[0]
+    broken = TrainSample(sample.prompt, sample.response, sample.logprobs, float("nan"))
+    assert learner.update([broken], step=1)["actor/updates_skipped_nonfinite"] == 1.0
+    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+
+
+def test_saved_and_loaded_learners_go_on_alike(folder: str, tmp_path: Path) -> None:
+    first, samples = make_learner(folder), make_samples(4)
+    first.update(samples, 1)
+    first.save(str(tmp_path))
+    second = make_learner(folder)
+    second.load(str(tmp_path))
+    for learner in (first, second):
+        learner.update(samples, 2)
+    for name, tensor in first.weights().items():
+        assert torch.equal(tensor, second.weights()[name])
+
+
+def test_schedules() -> None:
+    constant = AlgoConfig(learning_rate=1.0, num_steps=10, warmup_steps=4)
+    assert [learning_rate(constant, step) for step in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    for schedule in ("cosine", "linear"):
+        rates = [learning_rate(AlgoConfig(learning_rate=1.0, num_steps=8, schedule=schedule), s) for s in range(1, 9)]
+        assert rates[0] == 1.0
+        assert rates == sorted(rates, reverse=True)
+        assert 0.0 < rates[-1] < 0.2
+
+
+def test_exported_weights_hold_tied_tensors_once(folder: str) -> None:
+    model = load_policy(folder)
+    weights = export_weights(model)
+    assert "lm_head.weight" not in weights
+    assert num_bytes(weights) == sum(p.nbytes for p in model.parameters())
+
+
+def test_loaded_weights_outlive_their_file(folder: str, tmp_path: Path) -> None:
+    """A memory-mapped weight would turn into a bus error when its file is cut."""
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    model = load_policy(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,0 +1,57 @@
+"""Dealing groups to workers, and budgets: pure functions."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.drafter.base import LiveBatch
+from slipstream.rollout.budget import FixedBudget, OffBudget, TailBudget
+from slipstream.rollout.pool import assign_groups
+from slipstream.rollout.types import Request, Sampling, request_uid
+
+
+def requests(num_groups: int, num_samples: int) -> list[Request]:
+    sampling = Sampling(8)
+    return [
+        Request(request_uid(0, 0, g, s), f"p{g}", g, np.array([1], np.int32), sampling)
+        for g in range(num_groups)
+        for s in range(num_samples)
+    ]
+
+
+@given(st.lists(st.floats(1, 1e4), max_size=12), st.integers(1, 6), st.integers(1, 4))
+def test_groups_stay_whole_and_nothing_is_lost(lengths: list[float], num_workers: int, num_samples: int) -> None:
+    wanted = requests(len(lengths) + 2, num_samples)
+    predicted = {f"p{i}": length for i, length in enumerate(lengths)}
+    dealt = assign_groups(wanted, predicted, num_workers)
+    assert len(dealt) == num_workers
+    assert sorted(r.uid for share in dealt for r in share) == sorted(r.uid for r in wanted)
+    homes = [{r.group for r in share} for share in dealt]
+    assert sum(len(groups) for groups in homes) == len(lengths) + 2
+    assert dealt == assign_groups(wanted, predicted, num_workers)
+
+
+def test_the_longest_go_first_and_to_different_workers() -> None:
+    predicted = {"p0": 10.0, "p1": 500.0, "p2": 480.0, "p3": 20.0}
+    dealt = assign_groups(requests(4, 2), predicted, 2)
+    assert [share[0].prompt_id for share in dealt] == ["p1", "p2"]
+    assert {r.prompt_id for r in dealt[1]} == {"p2", "p3"}
+
+
+def live(rows: int) -> LiveBatch:
+    ones = np.ones(rows, np.int32)
+    return LiveBatch(np.arange(rows), ones, ones, ones)
+
+
+def test_budgets() -> None:
+    for rows in (0, 1, 7):
+        assert OffBudget().price(live(rows)).max_draft.tolist() == [0] * rows
+        assert FixedBudget(5).price(live(rows)).max_draft.tolist() == [5] * rows
+    tail = TailBudget(knee_tokens=30.0, max_draft_tokens=16)
+    thresholds = [float(tail.price(live(rows)).min_accept_prob[0]) for rows in (1, 10, 30, 300)]
+    assert thresholds == sorted(thresholds)
+    np.testing.assert_allclose(thresholds, [1 / 31, 0.25, 0.5, 10 / 11], rtol=1e-5)
+    assert tail.price(live(3)).max_draft.tolist() == [16] * 3
+    assert len(tail.price(live(0)).min_accept_prob) == 0
