@@ -15,7 +15,10 @@ BUILD_FILES := pyproject.toml setup.py $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: train train-short test test-slow test-gpu lint typecheck format install clean
+# What `make test-matrix` runs the engine's contract on: the ends of the supported range.
+MATRIX ?= transformers==5.5.3 transformers==5.19.0
+
+.PHONY: train train-short test test-slow test-gpu test-matrix lint typecheck format install clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -32,6 +35,14 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-matrix:
+	@for pin in $(MATRIX); do \
+		venv=$(VENV)-$$(echo $$pin | tr -c 'a-z0-9.\n' '-'); \
+		test -x $$venv/bin/pip || $(PYTHON) -m venv $$venv; \
+		$$venv/bin/pip install --quiet torch==2.13.0 && $$venv/bin/pip install --quiet -e '.[dev]' $$pin && \
+		$$venv/bin/python -m pytest tests/contract/test_engine.py $(ARGS) || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,14 +40,15 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, owner: SlotKVCache) -> None:
         super().__init__()
         self.owner = owner
+        self.key_blocks = self.value_rows = torch.empty(0)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates on the first write, when the layer's head count and width are known."""
         owner, heads, dim = self.owner, key_states.shape[1], key_states.shape[3]
-        options = {"dtype": key_states.dtype, "device": key_states.device}
         blocks = -(-owner.max_len // KEY_BLOCK)
-        self.keys = torch.zeros(owner.num_slots, heads, blocks, dim, KEY_BLOCK, **options)
-        self.values = torch.zeros(owner.num_slots, heads, blocks * KEY_BLOCK, value_states.shape[3], **options)
+        self.key_blocks = key_states.new_zeros(owner.num_slots, heads, blocks, dim, KEY_BLOCK)
+        self.value_rows = value_states.new_zeros(owner.num_slots, heads, blocks * KEY_BLOCK, value_states.shape[3])
+        self.keys, self.values = self.key_blocks, self.value_rows
         self.is_initialized = True
 
     def update(
@@ -58,14 +59,14 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         places = self.owner.places
         self.owner.kernels.append_kv(
-            self.keys,
-            self.values,
+            self.key_blocks,
+            self.value_rows,
             key_states[0].transpose(0, 1),
             value_states[0].transpose(0, 1),
             places.slots,
             places.positions,
         )
-        return self.keys, self.values
+        return self.key_blocks, self.value_rows
 
     def get_seq_length(self) -> int:
         """Requests differ in length; positions are always given explicitly, so nothing may rely on this."""
@@ -75,9 +76,12 @@ class SlotLayer(CacheLayerMixin):
         """No mask tensor is ever built: causality comes from the positions."""
         return query_length, 0
 
-    def get_max_cache_shape(self) -> int:
+    def get_max_length(self) -> int:
         """Positions per slot."""
         return self.owner.max_len
+
+    # Older releases of transformers ask the same question under this name.
+    get_max_cache_shape = get_max_length
 
 
 class SlotKVCache(Cache):
@@ -87,27 +91,26 @@ class SlotKVCache(Cache):
         self.num_slots, self.max_len, self.kernels = num_slots, max_len, kernels
         empty = torch.zeros(0, dtype=torch.int64)
         self.places = StepPlaces(empty, empty)
-        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+        self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     def snapshot(self, slot: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A copy of at least the first `length` positions of a slot: the shared prefix of a group."""
         blocks = -(-length // KEY_BLOCK)
         return [
-            (layer.keys[slot, :, :blocks].clone(), layer.values[slot, :, : blocks * KEY_BLOCK].clone())
-            for layer in self.layers
+            (layer.key_blocks[slot, :, :blocks].clone(), layer.value_rows[slot, :, : blocks * KEY_BLOCK].clone())
+            for layer in self.slot_layers
         ]
 
     def restore(self, slot: int, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Writes a snapshot to the start of a slot."""
-        for layer, (keys, values) in zip(self.layers, prefix, strict=True):
-            layer.keys[slot, :, : keys.shape[1]] = keys
-            layer.values[slot, :, : values.shape[1]] = values
+        for layer, (keys, values) in zip(self.slot_layers, prefix, strict=True):
+            layer.key_blocks[slot, :, : keys.shape[1]] = keys
+            layer.value_rows[slot, :, : values.shape[1]] = values
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if getattr(layer, "is_initialized", False)
-        )
+        return sum(layer.key_blocks.nbytes + layer.value_rows.nbytes for layer in self.slot_layers)
 
 
 def ragged_attention_forward(

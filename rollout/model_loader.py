@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -29,7 +30,8 @@ def load_policy(
     else:
         torch.manual_seed(random_init_seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype])
-    return model.to(device)
+    placed: Any = model  # transformers' wrapper around `to` has no usable type
+    return placed.to(device)
 
 
 def default_device(num_gpus: float) -> str:

@@ -80,8 +80,9 @@ class RolloutPool:
     """`num_workers` Ray actors with the same spec."""
 
     def __init__(self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float) -> None:
-        actor = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus)
-        self._workers = [actor.remote(spec) for _ in range(num_workers)]
+        # Any: the actor handle's methods exist only at run time.
+        actor: Any = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus)
+        self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
         self._names = [f"rollout worker {i}" for i in range(num_workers)]
 
     def ready(self, timeout_s: float) -> list[dict[str, Any]]:

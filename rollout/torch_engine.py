@@ -203,18 +203,20 @@ class TorchEngine:
             self._drafts.count[rows_hit] = invalid[rows_hit].argmax(axis=1)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
-        to = {"device": self.device, "non_blocking": True}
-        positions = torch.from_numpy(plan.positions).to(**to)
-        self.cache.places = StepPlaces(torch.from_numpy(plan.slots).to(**to), positions)
+        positions = self._on_device(plan.positions)
+        self.cache.places = StepPlaces(self._on_device(plan.slots), positions)
         output = self.model(
-            input_ids=torch.from_numpy(plan.token_ids).to(**to)[None],
+            input_ids=self._on_device(plan.token_ids)[None],
             position_ids=positions[None],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=torch.from_numpy(plan.logit_rows).to(**to),
+            logits_to_keep=self._on_device(plan.logit_rows),
             slot_cache=self.cache,
         )
         return output.logits[0, : len(plan.row_drafts)]
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
         """Writes the new tokens; returns the finish code of every sampling slot."""

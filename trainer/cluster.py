@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
 from slipstream.rollout.worker import WorkerSpec
@@ -29,7 +30,7 @@ def ray_cluster(cluster: ClusterConfig) -> Iterator[None]:
     import ray
 
     needed = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
-    options: dict[str, object] = {"logging_level": "ERROR", "log_to_driver": False}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if cluster.address is None:
         options |= {
             "num_cpus": max(int(needed + 0.999), os.cpu_count() or 1),

@@ -163,8 +163,8 @@ class TrainLoop:
         spec = worker_spec(self.settings, self._model_path, longest)
         self._pool = RolloutPool(spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
         options = {"num_cpus": cluster.cpus_for_learner, "num_gpus": cluster.gpus_for_learner}
-        actor = ray.remote(PolicyLearner).options(**options)
-        self._learner = actor.remote(learner_spec(self.settings, self._model_path))
+        actor: Any = ray.remote(PolicyLearner).options(**options)
+        self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
         self._wait = wait_for
         facts = self._pool.ready(deadline)[0]
         self._ask(self._learner.ready.remote(), "start", deadline)

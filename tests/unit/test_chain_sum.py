@@ -14,12 +14,14 @@ from slipstream.trainer.data.chain_sum import (
     KEYS,
     LEVEL_STEPS,
     MAX_TOTAL,
+    SLIP_SIZES,
     ChainSum,
     draw_problem,
     level_counts,
     make_problems,
     make_rows,
     stream_problems,
+    worked_with_slips,
 )
 from slipstream.trainer.errors import DataError
 
@@ -46,6 +48,25 @@ def test_answer_follows_from_the_question(seed: int, num_steps: int) -> None:
         assert 0 <= total <= MAX_TOTAL
         assert line == f"{term}={total}"
     assert final == f"#### {total}" == f"#### {problem.result}"
+
+
+def test_slips_are_single_wrong_sums_that_the_chain_goes_on_from() -> None:
+    rng = np.random.default_rng(0)
+    num_sums = num_slips = 0
+    for _ in range(200):
+        problem = draw_problem(rng, 12)
+        assert worked_with_slips(problem, rng, 0.0) == problem.answer
+        *lines, final = worked_with_slips(problem, rng, 0.2).split("\n")
+        total = problem.start
+        for line, term in zip(lines, problem.terms, strict=True):
+            stated = int(line.split("=")[1])
+            assert 0 <= stated <= MAX_TOTAL
+            assert stated - total - term in (0, *SLIP_SIZES)
+            num_sums += 1
+            num_slips += stated != total + term
+            total = stated
+        assert final == f"#### {total}"
+    assert 0.13 < num_slips / num_sums <= 0.21
 
 
 @pytest.mark.parametrize("seed", range(6))

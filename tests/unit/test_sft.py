@@ -188,6 +188,7 @@ def test_command_evaluates_the_task(tmp_path: Path) -> None:
     [
         (["--num-steps", "0"], "--num-steps=0; allowed: 1 or more"),
         (["--curriculum", "2"], "--curriculum=2.0; allowed: 0 (off) to 1"),
+        (["--slip-rate", "-0.1"], "--slip-rate=-0.1; allowed: 0 (off) to 1"),
         (["--data", "nowhere/deep/x.parquet"], "--data='nowhere/deep/x.parquet': no such file"),
     ],
 )
