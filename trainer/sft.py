@@ -280,6 +280,9 @@ def load_model(name: str, out: Path, seed: int) -> tuple[Any, ChatTokenizer]:
 
 def save_model(model: Any, out: Path) -> None:
     """Weights and config."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(out)
     # safetensors writes for the owner alone; a shared folder and a wheel need the usual permissions.
     (out / "model.safetensors").chmod(0o644)

@@ -99,7 +99,7 @@ def test_the_installed_command_makes_its_plan_in_an_empty_folder(installed: Path
     done = run(installed / "slipstream", "train", "experiment=quickstart", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "plan of quickstart" in done.stdout
-    assert "16 prompts x 8 samples = 128 samples" in done.stdout
+    assert "8 prompts x 8 samples = 64 samples" in done.stdout
     assert "parameters" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from slipstream.conf.schema import TaskConfig
+from slipstream.conf.schema import DataConfig, TaskConfig
 from slipstream.trainer.data.byte_tokenizer import write_byte_tokenizer
 from slipstream.trainer.data.chain_sum import make_rows
 from slipstream.trainer.data.demonstrations import load_documents, stream_rows, stream_task, to_document
 from slipstream.trainer.data.packing import IGNORE, Document, assign_rows, pack
 from slipstream.trainer.data.parquet import write_rows
+from slipstream.trainer.data.prompts import load_prompts
 from slipstream.trainer.data.tokenizer import ChatTokenizer, load_tokenizer
 from slipstream.trainer.errors import DataError
 from slipstream.trainer.sft import (
     draw_documents,
+    evaluate,
     learning_rate_share,
     longest_document,
     main,
@@ -181,6 +185,21 @@ def test_command_evaluates_the_task(tmp_path: Path) -> None:
         assert set(record["sampled"]["by_level"]) == {"1", "2", "3", "4", "5", "6"}
         assert record["greedy"]["accuracy"] == 0.0
         assert record["sampled"]["length_p99"] <= 12
+
+
+def test_shipped_policy_is_half_trained() -> None:
+    """RL has something to sharpen: the format is there, greedy sums are mostly right, sampled ones less often."""
+    folder = Path(str(files("slipstream.experiments"))) / "quickstart" / "policy"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5_000_000
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    task = TaskConfig(num_validation=96, max_level=3, seed=11)
+    prompts = load_prompts(DataConfig(task=task), tokenizer, 0).validation
+    torch.manual_seed(0)
+    sampled = evaluate(model, tokenizer, prompts, max_new_tokens=128, greedy=False)
+    greedy = evaluate(model, tokenizer, prompts, max_new_tokens=128, greedy=True)
+    assert sampled["ended"] > 0.95
+    assert 0.3 < sampled["accuracy"] < greedy["accuracy"] - 0.1
 
 
 @pytest.mark.parametrize(
