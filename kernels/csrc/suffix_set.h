@@ -1,0 +1,342 @@
+// The drafter's index of many prompts: one call per engine step for the whole batch, rebuilt in the background.
+//
+// Invariants
+// - A call checks all its arguments before it changes anything: after an error the set is as it was.
+// - A request keeps the frozen tier it began with. Rebuilding swaps a pointer, so propose and extend never wait for it
+//   and never see a half-built tier; begin waits for the pending rebuild of its own prompt, so that drafts do not
+//   depend on timing.
+// - publish ends the live tier of a prompt: what was sampled is in the records that the next frozen tier is built
+//   from. Requests still open keep the old one among themselves.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+
+#include "suffix_index.h"
+
+namespace slipstream {
+
+// Twin: SOURCE_NAMES in drafter/base.py.
+enum Source : int8_t { kSourceNone = 0, kSelf = 1, kSibling = 2, kHistory = 3, kPrompt = 4 };
+
+struct UnknownUid : std::out_of_range {
+  using std::out_of_range::out_of_range;
+};
+struct ClosedIndex : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+struct PromptEntry {
+  std::shared_ptr<const Frozen> frozen = std::make_shared<const Frozen>();
+  std::shared_ptr<Live> live;
+  int pending = 0;  // rebuilds queued or running; guarded by the builder's mutex
+};
+
+// One background thread that builds frozen tiers in the order they were asked for.
+class Builder {
+ public:
+  ~Builder() { stop(); }
+
+  void submit(std::shared_ptr<PromptEntry> prompt, Corpus corpus) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
+    ++prompt->pending;
+    jobs_.push_back({std::move(prompt), std::move(corpus)});
+    changed_.notify_all();
+  }
+
+  // Waits for the rebuilds of one prompt, or of all (nullptr). Rethrows what a rebuild died of.
+  void wait(const PromptEntry* prompt) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return stopping_ || (prompt ? prompt->pending == 0 : num_open() == 0); });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+      changed_.notify_all();
+    }
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  struct Job {
+    std::shared_ptr<PromptEntry> prompt;
+    Corpus corpus;
+  };
+
+  size_t num_open() const { return jobs_.size() + (running_ ? 1 : 0); }
+
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
+      if (stopping_) return;
+      Job job = std::move(jobs_.front());
+      jobs_.pop_front();
+      running_ = true;
+      lock.unlock();
+      std::exception_ptr error;
+      try {
+        std::atomic_store(&job.prompt->frozen, std::shared_ptr<const Frozen>(new Frozen(job.corpus)));
+      } catch (...) {
+        error = std::current_exception();
+      }
+      lock.lock();
+      running_ = false;
+      if (error) error_ = error;
+      --job.prompt->pending;
+      changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Job> jobs_;
+  std::exception_ptr error_;
+  bool running_ = false, stopping_ = false;
+  std::thread thread_;
+};
+
+struct SetOptions {
+  int min_match = 2, max_candidates = 2;
+  float escape = 0.5f;
+};
+
+// Buffers of one propose call, rows in batch order. tokens and probs are [rows, width].
+struct DraftRows {
+  int64_t rows, width;
+  const int32_t* max_draft;
+  const float* min_prob;
+  int32_t* tokens;
+  int32_t* count;
+  int8_t* source;
+  int32_t* match_len;
+  float* probs;
+};
+
+struct SetStats {
+  size_t prompts = 0, open_requests = 0, frozen_tokens = 0, frozen_bytes = 0, live_tokens = 0, live_bytes = 0;
+};
+
+class SuffixIndexSet {
+ public:
+  explicit SuffixIndexSet(const SetOptions& options) : options_(options) {
+    if (options.min_match < 1 || options.max_candidates < 1 || !(options.escape >= 0.0f))
+      throw std::invalid_argument("min_match and max_candidates must be at least 1 and escape at least 0");
+  }
+
+  void begin(int64_t uid, const std::string& prompt_id) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    require_closed_uid(uid);
+    const std::shared_ptr<PromptEntry> held = entry(prompt_id);
+    lock.unlock();  // other threads go on drafting meanwhile
+    builder_.wait(held.get());
+    lock.lock();
+    require_closed_uid(uid);
+    if (!held->live) held->live = std::make_shared<Live>();
+    Request request{held->live, std::atomic_load(&held->frozen), held->live->open(), kRoot, 0};
+    request.frozen->advance(request.at, request.matched, kStart);
+    slots_[uid] = requests_.size();
+    requests_.push_back(std::move(request));
+    uids_.push_back(uid);
+  }
+
+  void end(int64_t uid) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const size_t slot = slot_of(uid);
+    slots_[uids_.back()] = slot;
+    std::swap(requests_[slot], requests_.back());
+    std::swap(uids_[slot], uids_.back());
+    requests_.pop_back();
+    uids_.pop_back();
+    slots_.erase(uid);
+  }
+
+  void propose(const int64_t* uids, const DraftRows& out) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    find_slots(uids, out.rows);
+    scratch_tokens_.resize(static_cast<size_t>(out.width) * 2);
+    scratch_probs_.resize(static_cast<size_t>(out.width) * 2);
+    for (int64_t row = 0; row < out.rows; ++row) {
+      if (row + 2 < out.rows) prefetch_request(requests_[found_[row + 2]]);
+      propose_row(requests_[found_[row]], out, row);
+    }
+  }
+
+  void extend(const int64_t* uids, int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    find_slots(uids, rows);
+    check_ragged(rows, values, offsets, num_values);
+    for (int64_t row = 0; row < rows; ++row) {
+      if (row + 2 < rows) prefetch_request(requests_[found_[row + 2]]);
+      Request& request = requests_[found_[row]];
+      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
+        request.frozen->advance(request.at, request.matched, values[i]);
+        request.live->append(request.sequence, values[i]);
+      }
+    }
+  }
+
+  // Queues the rebuild of a prompt's frozen tier and ends its live tier.
+  void publish(const std::string& prompt_id, Corpus corpus) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_open();
+    check_ragged(static_cast<int64_t>(corpus.weights.size()), corpus.tokens.data(), corpus.offsets.data(),
+                 static_cast<int64_t>(corpus.tokens.size()));
+    if (corpus.num_plain > corpus.weights.size()) throw std::invalid_argument("more prompts than sequences");
+    for (const float weight : corpus.weights)
+      if (!(weight > 0.0f)) throw std::invalid_argument("weights must be above 0");
+    const std::shared_ptr<PromptEntry> held = entry(prompt_id);
+    held->live.reset();
+    builder_.submit(held, std::move(corpus));
+  }
+
+  // Forgets a prompt; requests that are open keep what they hold.
+  void drop(const std::string& prompt_id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    prompts_.erase(prompt_id);
+  }
+
+  void wait() { builder_.wait(nullptr); }
+
+  void close() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+    builder_.stop();
+  }
+
+  // (token, weight) of all that followed `context`, in the frozen tier or in the live one.
+  std::vector<std::pair<int32_t, float>> follow_weights(const std::string& prompt_id,
+                                                        const std::vector<int32_t>& context, bool live) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<std::pair<int32_t, float>> out;
+    const auto held = prompts_.find(prompt_id);
+    if (held == prompts_.end()) return out;
+    if (!live) collect(*std::atomic_load(&held->second->frozen), context, out);
+    else if (held->second->live) collect(*held->second->live, context, out);
+    return out;
+  }
+
+  SetStats stats() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    SetStats out;
+    out.prompts = prompts_.size();
+    out.open_requests = requests_.size();
+    for (const auto& [name, prompt] : prompts_) {
+      const auto frozen = std::atomic_load(&prompt->frozen);
+      out.frozen_tokens += frozen->num_tokens();
+      out.frozen_bytes += frozen->bytes();
+      if (!prompt->live) continue;
+      out.live_tokens += prompt->live->num_tokens();
+      out.live_bytes += prompt->live->bytes();
+    }
+    return out;
+  }
+
+ private:
+  // at, matched: the cursor in the frozen tier; the live tier keeps its own by sequence.
+  struct Request {
+    std::shared_ptr<Live> live;
+    std::shared_ptr<const Frozen> frozen;
+    int32_t sequence, at, matched;
+  };
+
+  void require_open() const {
+    if (closed_) throw ClosedIndex("the suffix index is closed");
+  }
+
+  void require_closed_uid(int64_t uid) const {
+    require_open();
+    if (slots_.count(uid)) throw std::invalid_argument("uid " + std::to_string(uid) + " is open already");
+  }
+
+  std::shared_ptr<PromptEntry> entry(const std::string& prompt_id) {
+    std::shared_ptr<PromptEntry>& held = prompts_[prompt_id];
+    if (!held) held = std::make_shared<PromptEntry>();
+    return held;
+  }
+
+  size_t slot_of(int64_t uid) const {
+    require_open();
+    const auto found = slots_.find(uid);
+    if (found == slots_.end()) throw UnknownUid("uid " + std::to_string(uid) + " is not open");
+    return found->second;
+  }
+
+  void find_slots(const int64_t* uids, int64_t rows) {
+    found_.resize(static_cast<size_t>(rows));
+    for (int64_t row = 0; row < rows; ++row) found_[row] = slot_of(uids[row]);
+  }
+
+  static void check_ragged(int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
+    if (offsets[0] != 0 || offsets[rows] != num_values)
+      throw std::invalid_argument("offsets must run from 0 to the number of tokens");
+    for (int64_t row = 0; row < rows; ++row)
+      if (offsets[row] > offsets[row + 1]) throw std::invalid_argument("offsets must not decrease");
+    for (int64_t i = 0; i < num_values; ++i)
+      if (values[i] < 0)
+        throw std::invalid_argument("token " + std::to_string(values[i]) + " is negative; allowed: 0 or more");
+  }
+
+  static void prefetch_request(const Request& request) {
+    prefetch(&request.frozen->state(request.at));
+    prefetch(&request.live->state(request.live->cursor(request.sequence)));
+  }
+
+  void propose_row(const Request& request, const DraftRows& out, int64_t row) {
+    out.count[row] = 0;
+    const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
+    if (limit <= 0) return;
+    const int32_t own_end = request.live->cursor(request.sequence);
+    const int32_t length = request.live->state(own_end).length;
+    // kStart counts as context: a response that has matched from its first token on needs no minimum.
+    const DraftLimits limits{limit, std::min<int>(options_.min_match, length), out.min_prob[row], options_.escape};
+    Draft best{scratch_tokens_.data(), scratch_probs_.data()};
+    Draft spare{scratch_tokens_.data() + out.width, scratch_probs_.data() + out.width};
+    draft_from(*request.live, own_end, length, 1.0f, options_.max_candidates, limits, best, spare);
+    const float live_score = best.score;
+    const int32_t live_mark = best.mark;
+    draft_from(*request.frozen, request.at, request.matched, 0.0f, options_.max_candidates, limits, best, spare);
+    if (best.count == 0) return;
+    if (best.score > live_score)
+      out.source[row] = request.frozen->is_prompt(best.mark) ? kPrompt : kHistory;
+    else
+      out.source[row] = live_mark == request.sequence ? kSelf : kSibling;
+    out.count[row] = best.count;
+    out.match_len[row] = best.match_len;
+    std::copy(best.tokens, best.tokens + best.count, out.tokens + row * out.width);
+    std::copy(best.probs, best.probs + best.count, out.probs + row * out.width);
+  }
+
+  template <typename Tier>
+  static void collect(const Tier& tier, const std::vector<int32_t>& context,
+                      std::vector<std::pair<int32_t, float>>& out) {
+    int32_t at = kRoot;
+    for (const int32_t token : context)
+      if ((at = tier.find(at, token)) < 0) return;
+    tier.each_edge(at, [&](int32_t token, int32_t target) { out.push_back({token, tier.state(target).weight}); });
+  }
+
+  const SetOptions options_;
+  std::mutex mutex_;
+  bool closed_ = false;
+  std::unordered_map<std::string, std::shared_ptr<PromptEntry>> prompts_;
+  std::unordered_map<int64_t, size_t> slots_;
+  std::vector<Request> requests_;
+  std::vector<int64_t> uids_;
+  std::vector<size_t> found_;
+  std::vector<int32_t> scratch_tokens_;
+  std::vector<float> scratch_probs_;
+  Builder builder_;
+};
+
+}  // namespace slipstream
