@@ -34,9 +34,13 @@ struct State {
   int32_t mark;
 };
 
+inline void prefetch(const void* at) { __builtin_prefetch(at); }
+
+// clones_inherit: whether a clone starts with the weight of its original (weights counted as text arrives) or with
+// none (weights propagated over the links at the end).
 class SuffixAutomaton {
  public:
-  SuffixAutomaton() {
+  explicit SuffixAutomaton(bool clones_inherit) : clones_inherit_(clones_inherit) {
     edges_.push({kNoToken, 0});  // offset 0 means "no further edges"
     states_.push({0, -1, kNoToken, 0, 0.0f, 0, 0});
   }
@@ -69,6 +73,18 @@ class SuffixAutomaton {
 
   const int32_t* find(int32_t at, int32_t token) const {
     return const_cast<SuffixAutomaton*>(this)->find(at, token);
+  }
+
+  void prefetch_edges(int32_t at) const {
+    const State& s = states_[at];
+    if (s.token != kNoToken) prefetch(&states_[s.target]);
+    if (s.more) prefetch(&edges_[offset_of(s.more)]);
+  }
+
+  // Fetches what the search for an edge will look at after the state itself.
+  void prefetch_search(int32_t at, int32_t token) const {
+    const uint32_t more = states_[at].more, log2 = log2_of(more);
+    if (more) prefetch(&edges_[offset_of(more) + (log2 < kHashedLog2 ? 0 : 1 + home(token, log2))]);
   }
 
   template <typename Visit>
@@ -179,6 +195,7 @@ class SuffixAutomaton {
   int32_t clone(int32_t state, int32_t token, int32_t target) {
     const int32_t copy = static_cast<int32_t>(states_.push(states_[target]));
     states_[copy].length = states_[state].length + 1;
+    if (!clones_inherit_) states_[copy].weight = 0.0f;
     if (const uint32_t more = states_[target].more) {
       const uint32_t log2 = log2_of(more);
       const uint32_t own = allocate(log2);
@@ -205,6 +222,7 @@ class SuffixAutomaton {
   FlatBuffer<Edge> edges_;
   std::array<uint32_t, 32> free_{};
   size_t num_more_ = 0;
+  bool clones_inherit_;
 };
 
 }  // namespace slipstream

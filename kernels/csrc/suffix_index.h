@@ -18,7 +18,7 @@
 namespace slipstream {
 
 constexpr int kMaxChain = 32;
-constexpr size_t kLinearScan = 8;
+constexpr uint32_t kLinearScan = 8;
 
 struct Child {
   int32_t token, target;
@@ -32,8 +32,6 @@ inline bool heavier(const Child& a, const Child& b) {
   if (a.mark != b.mark) return a.mark > b.mark;
   return a.token < b.token;
 }
-
-inline void prefetch(const void* at) { __builtin_prefetch(at); }
 
 inline double thread_seconds() {
   timespec now{};
@@ -69,7 +67,7 @@ class Frozen {
 
   // Inserts every sequence; each state then holds the weight of the prefixes that end exactly there.
   static SuffixAutomaton insert(const Corpus& corpus) {
-    SuffixAutomaton automaton;
+    SuffixAutomaton automaton(false);
     for (size_t i = 0; i < corpus.weights.size(); ++i) {
       int32_t at = i < corpus.num_plain ? kRoot : automaton.step(kRoot, kStart);
       for (int64_t j = corpus.offsets[i]; j < corpus.offsets[i + 1]; ++j) {
@@ -107,33 +105,44 @@ class Frozen {
 
   int32_t find(int32_t at, int32_t token) const {
     const State& s = states_[at];
-    if (s.token == token) return s.target;
-    const Edge *first = others_.data() + s.more, *last = others_.data() + states_[at + 1].more;
-    if (static_cast<size_t>(last - first) <= kLinearScan) {
-      for (; first != last; ++first)
-        if (first->token == token) return first->target;
-      return -1;
-    }
-    first = std::lower_bound(first, last, token, [](const Edge& edge, int32_t t) { return edge.token < t; });
-    return first != last && first->token == token ? first->target : -1;
+    return s.token == token ? s.target : find_other(at, token);
   }
 
-  // Moves a cursor (state, length of the match) past `token`; amortised constant time.
-  void advance(int32_t& at, int32_t& matched, int32_t token) const {
-    for (;;) {
-      const int32_t target = find(at, token);
-      if (target >= 0) {
-        at = target;
-        ++matched;
-        return;
-      }
-      if (at == kRoot) {
-        matched = 0;
-        return;
-      }
-      at = states_[at].link;
-      matched = states_[at].length;
+  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens.
+  struct Walk {
+    const int32_t *next, *last;
+    int32_t at, matched;
+    bool looks_at_others;
+    bool done() const { return next == last; }
+  };
+
+  // One load's worth of the walk, and the prefetch of what the next one needs: a caller that takes turns between many
+  // walks waits for none of them. Amortised constant time per token.
+  void advance(Walk& walk) const {
+    const State& s = states_[walk.at];
+    if (walk.matched < 0) walk.matched = s.length;
+    int32_t target = -1;
+    if (walk.looks_at_others) {
+      target = find_other(walk.at, *walk.next);
+      walk.looks_at_others = false;
+    } else if (s.token == *walk.next) {
+      target = s.target;
+    } else if (states_[walk.at + 1].more != s.more) {
+      walk.looks_at_others = true;
+      prefetch(&others_[first_slot(walk.at, *walk.next)]);
+      return;
     }
+    if (target >= 0) {
+      walk.at = target;
+      ++walk.matched;
+      ++walk.next;
+    } else if (walk.at == kRoot) {
+      ++walk.next;
+    } else {
+      walk.at = s.link;
+      walk.matched = -1;  // the length of the state, once it is loaded
+    }
+    prefetch(&states_[walk.at]);
   }
 
   const State& state(int32_t at) const { return states_[at]; }
@@ -149,7 +158,8 @@ class Frozen {
     const State& s = states_[at];
     if (s.token == kNoToken) return;
     visit(s.token, s.target);
-    for (uint32_t i = s.more; i < states_[at + 1].more; ++i) visit(others_[i].token, others_[i].target);
+    for (uint32_t i = s.more; i < states_[at + 1].more; ++i)
+      if (others_[i].token != kNoToken) visit(others_[i].token, others_[i].target);
   }
 
   bool is_prompt(int32_t mark) const { return static_cast<size_t>(mark) < num_plain_; }
@@ -179,6 +189,7 @@ class Frozen {
     }
   }
 
+  // Up to kLinearScan other edges lie side by side; more of them fill a hash table, at most two thirds of it.
   void pack(State& state, std::vector<Child>& children) {
     const size_t best = static_cast<size_t>(
         std::min_element(children.begin(), children.end(), heavier) - children.begin());
@@ -186,9 +197,41 @@ class Frozen {
     state.target = children[best].target;
     children[best] = children.back();
     children.pop_back();
-    if (children.size() > kLinearScan)
-      std::sort(children.begin(), children.end(), [](const Child& a, const Child& b) { return a.token < b.token; });
-    for (const Child& child : children) others_.push({child.token, child.target});
+    if (children.size() <= kLinearScan) {
+      for (const Child& child : children) others_.push({child.token, child.target});
+      return;
+    }
+    uint32_t slots = 2 * kLinearScan;
+    while (slots * 2 < children.size() * 3) slots *= 2;
+    const size_t first = others_.extend(slots);
+    std::fill(others_.data() + first, others_.data() + first + slots, Edge{kNoToken, 0});
+    for (const Child& child : children) {
+      uint32_t i = home_slot(child.token, slots);
+      while (others_[first + i].token != kNoToken) i = (i + 1) & (slots - 1);
+      others_[first + i] = {child.token, child.target};
+    }
+  }
+
+  static uint32_t home_slot(int32_t token, uint32_t slots) {
+    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
+  }
+
+  uint32_t first_slot(int32_t at, int32_t token) const {
+    const uint32_t first = states_[at].more, slots = states_[at + 1].more - first;
+    return slots <= kLinearScan ? first : first + home_slot(token, slots);
+  }
+
+  int32_t find_other(int32_t at, int32_t token) const {
+    const uint32_t first = states_[at].more, slots = states_[at + 1].more - first;
+    const Edge* edges = others_.data() + first;
+    if (slots <= kLinearScan) {
+      for (uint32_t i = 0; i < slots; ++i)
+        if (edges[i].token == token) return edges[i].target;
+      return -1;
+    }
+    uint32_t i = home_slot(token, slots);
+    while (edges[i].token != token && edges[i].token != kNoToken) i = (i + 1) & (slots - 1);
+    return edges[i].token == token ? edges[i].target : -1;
   }
 
   FlatBuffer<State> states_;  // `more` is where the other edges begin; the next state's is where they end
@@ -196,27 +239,33 @@ class Frozen {
   size_t num_tokens_, num_plain_;
 };
 
-// The sequences of this step, open for appending in any order. Not safe to read while another thread appends.
+// The sequences of this step, open for appending in any order. A sequence is its cursor, which the caller keeps. Not
+// safe to read while another thread appends.
 class Live {
  public:
-  int32_t open() {
-    last_.push_back(automaton_.step(kRoot, kStart));
-    return static_cast<int32_t>(last_.size() - 1);
+  // Opens a sequence; returns its number and sets its cursor.
+  int32_t open(int32_t& cursor) {
+    cursor = automaton_.step(kRoot, kStart);
+    count(cursor, num_sequences_);
+    return num_sequences_++;
   }
 
-  void append(int32_t sequence, int32_t token) {
-    int32_t at = last_[sequence] = automaton_.step(last_[sequence], token);
+  // An append is a step, then counting along the suffix chain of the new cursor. Steps of other sequences may come in
+  // between: a state split meanwhile lies on the same chain with its clone, so both are counted once.
+  void step(int32_t& cursor, int32_t token) {
+    cursor = automaton_.step(cursor, token);
     ++num_tokens_;
-    FlatBuffer<State>& states = automaton_.states();
-    for (int i = 0; i < kMaxChain && at != kRoot; ++i) {
-      State& s = states[at];
-      s.weight += 1.0f;
-      s.mark = sequence;
-      at = s.link;
-    }
   }
 
-  int32_t cursor(int32_t sequence) const { return last_[sequence]; }
+  // Counts one state of the chain and returns the next one, prefetched; kRoot ends the chain.
+  int32_t count(int32_t at, int32_t sequence) {
+    State& s = automaton_.states()[at];
+    s.weight += 1.0f;
+    s.mark = sequence;
+    prefetch(&state(s.link));
+    return s.link;
+  }
+
   int32_t find(int32_t at, int32_t token) const {
     const int32_t* known = automaton_.find(at, token);
     return known ? *known : -1;
@@ -236,17 +285,20 @@ class Live {
   void each_edge(int32_t at, Visit visit) const {
     automaton_.each_edge(at, visit);
   }
+  void prefetch_edges(int32_t at) const { automaton_.prefetch_edges(at); }
+  void prefetch_search(int32_t at, int32_t token) const { automaton_.prefetch_search(at, token); }
   size_t num_tokens() const { return num_tokens_; }
-  size_t bytes() const { return automaton_.bytes() + last_.capacity() * sizeof(int32_t); }
+  size_t bytes() const { return automaton_.bytes(); }
 
  private:
-  SuffixAutomaton automaton_;
-  std::vector<int32_t> last_;
+  SuffixAutomaton automaton_{true};
+  int32_t num_sequences_ = 0;
   size_t num_tokens_ = 0;
 };
 
+// min_match: least context to start from; min_resume: least context to go on from where a text ends.
 struct DraftLimits {
-  int max_tokens, min_match;
+  int max_tokens, min_match, min_resume;
   float min_prob, escape;
 };
 
@@ -259,13 +311,22 @@ struct Draft {
   int32_t match_len = 0, mark = 0;
 };
 
-// Follows the heaviest continuation from a state. own: what the request's own end adds to w(state).
+// Follows the heaviest continuation from a state. Where the text ends, the longest suffix that goes on elsewhere takes
+// over: text of period k is drafted further than its last period. own_end: the state of the request's own text (kRoot in
+// a tier without it): on its suffix chain, where drafts start, the request's own end is no evidence.
 template <typename Tier>
-void follow(const Tier& tier, int32_t at, float own, const DraftLimits& limits, Draft& out) {
+void follow(const Tier& tier, int32_t at, int32_t own_end, const DraftLimits& limits, Draft& out) {
   float prob = 1.0f;
+  bool is_suffix = own_end != kRoot;
   Child child;
-  while (out.count < limits.max_tokens && tier.best(at, child)) {
-    const float total = std::max(tier.state(at).weight - own, child.weight);
+  while (out.count < limits.max_tokens) {
+    if (!tier.best(at, child)) {
+      is_suffix = at == own_end || is_suffix;
+      at = tier.state(at).link;
+      if (at <= kRoot || tier.state(at).length < limits.min_resume) return;
+      continue;
+    }
+    const float total = std::max(tier.state(at).weight - (is_suffix ? 1.0f : 0.0f), child.weight);
     prob *= child.weight / (total + limits.escape);
     if (prob < limits.min_prob) return;
     if (out.count == 0) out.mark = child.mark;
@@ -273,15 +334,15 @@ void follow(const Tier& tier, int32_t at, float own, const DraftLimits& limits, 
     out.probs[out.count++] = prob;
     out.score += prob;
     at = child.target;
-    own = 0.0f;
+    is_suffix = false;
   }
 }
 
 // The best of the longest continued match and up to max_candidates - 1 shorter ones. Result in `best`; `spare` is
 // scratch of the same size.
 template <typename Tier>
-void draft_from(const Tier& tier, int32_t at, int32_t matched, float own, int max_candidates, const DraftLimits& limits,
-                Draft& best, Draft& spare) {
+void draft_from(const Tier& tier, int32_t at, int32_t matched, int32_t own_end, int max_candidates,
+                const DraftLimits& limits, Draft& best, Draft& spare) {
   // A shorter context cannot add much to a draft that is nearly certain already.
   const float enough = 0.8f * static_cast<float>(limits.max_tokens);
   for (int tried = 0; tried < max_candidates && at != kRoot && best.score < enough;) {
@@ -290,7 +351,7 @@ void draft_from(const Tier& tier, int32_t at, int32_t matched, float own, int ma
       ++tried;
       spare.count = 0;
       spare.score = 0.0f;
-      follow(tier, at, own, limits, spare);
+      follow(tier, at, own_end, limits, spare);
       spare.match_len = matched;
       if (spare.score > best.score) std::swap(best, spare);
     }

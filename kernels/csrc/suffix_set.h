@@ -14,6 +14,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -111,6 +112,8 @@ struct SetOptions {
   float escape = 0.5f;
 };
 
+constexpr int kWarmDraft = 8, kWarmLinks = 5;
+
 // Buffers of one propose call, rows in batch order. tokens and probs are [rows, width].
 struct DraftRows {
   int64_t rows, width;
@@ -143,8 +146,10 @@ class SuffixIndexSet {
     lock.lock();
     require_closed_uid(uid);
     if (!held->live) held->live = std::make_shared<Live>();
-    Request request{held->live, std::atomic_load(&held->frozen), held->live->open(), kRoot, 0};
-    request.frozen->advance(request.at, request.matched, kStart);
+    Request request{held->live, std::atomic_load(&held->frozen), 0, 0, kRoot, 0};
+    request.sequence = held->live->open(request.cursor);
+    request.at = std::max(request.frozen->find(kRoot, kStart), kRoot);
+    request.matched = request.at == kRoot ? 0 : 1;
     slots_[uid] = requests_.size();
     requests_.push_back(std::move(request));
     uids_.push_back(uid);
@@ -166,24 +171,17 @@ class SuffixIndexSet {
     find_slots(uids, out.rows);
     scratch_tokens_.resize(static_cast<size_t>(out.width) * 2);
     scratch_probs_.resize(static_cast<size_t>(out.width) * 2);
-    for (int64_t row = 0; row < out.rows; ++row) {
-      if (row + 2 < out.rows) prefetch_request(requests_[found_[row + 2]]);
-      propose_row(requests_[found_[row]], out, row);
-    }
+    warm_frozen();
+    warm_live();
+    for (int64_t row = 0; row < out.rows; ++row) propose_row(requests_[found_[row]], out, row);
   }
 
   void extend(const int64_t* uids, int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
     std::lock_guard<std::mutex> lock(mutex_);
     find_slots(uids, rows);
     check_ragged(rows, values, offsets, num_values);
-    for (int64_t row = 0; row < rows; ++row) {
-      if (row + 2 < rows) prefetch_request(requests_[found_[row + 2]]);
-      Request& request = requests_[found_[row]];
-      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
-        request.frozen->advance(request.at, request.matched, values[i]);
-        request.live->append(request.sequence, values[i]);
-      }
-    }
+    advance_frozen(values, offsets);
+    append_live(values, offsets);
   }
 
   // Queues the rebuild of a prompt's frozen tier and ends its live tier.
@@ -243,11 +241,11 @@ class SuffixIndexSet {
   }
 
  private:
-  // at, matched: the cursor in the frozen tier; the live tier keeps its own by sequence.
+  // cursor: what the request's own text has reached in the live tier; at, matched: its longest match in the frozen one.
   struct Request {
     std::shared_ptr<Live> live;
     std::shared_ptr<const Frozen> frozen;
-    int32_t sequence, at, matched;
+    int32_t sequence, cursor, at, matched;
   };
 
   void require_open() const {
@@ -273,8 +271,14 @@ class SuffixIndexSet {
   }
 
   void find_slots(const int64_t* uids, int64_t rows) {
-    found_.resize(static_cast<size_t>(rows));
-    for (int64_t row = 0; row < rows; ++row) found_[row] = slot_of(uids[row]);
+    require_open();
+    found_.resize(static_cast<size_t>(rows), 0);
+    warm_.resize(static_cast<size_t>(rows));
+    for (int64_t row = 0; row < rows; ++row) {
+      // From one engine step to the next most rows stay where they are.
+      const size_t guess = found_[row];
+      if (guess >= uids_.size() || uids_[guess] != uids[row]) found_[row] = slot_of(uids[row]);
+    }
   }
 
   static void check_ragged(int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
@@ -287,25 +291,138 @@ class SuffixIndexSet {
         throw std::invalid_argument("token " + std::to_string(values[i]) + " is negative; allowed: 0 or more");
   }
 
-  static void prefetch_request(const Request& request) {
-    prefetch(&request.frozen->state(request.at));
-    prefetch(&request.live->state(request.live->cursor(request.sequence)));
+  // The tiers of many requests do not fit into the caches together, and each walk is a chain of loads. These passes
+  // take every request's chain one link further at a time, so that the loads of different requests overlap.
+  void warm_frozen() {
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Request& request = requests_[found_[row]];
+      warm_[row] = request.at;
+      prefetch(&request.frozen->state(request.at));
+    }
+    follow_frozen();
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Request& request = requests_[found_[row]];
+      warm_[row] = std::max(request.frozen->state(request.at).link, kRoot);
+      prefetch(&request.frozen->state(warm_[row]));
+    }
+    follow_frozen();
+  }
+
+  void follow_frozen() {
+    for (int i = 0; i < kWarmDraft; ++i)
+      for (size_t row = 0; row < found_.size(); ++row) {
+        const Frozen& frozen = *requests_[found_[row]].frozen;
+        const State& s = frozen.state(warm_[row]);
+        if (s.token != kNoToken) warm_[row] = s.target;
+        prefetch(&frozen.state(warm_[row]));
+      }
+  }
+
+  // Takes turns between the walks of all rows until each has passed its tokens.
+  void advance_frozen(const int32_t* values, const int64_t* offsets) {
+    walks_.resize(found_.size());
+    active_.clear();
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Request& request = requests_[found_[row]];
+      walks_[row] = {values + offsets[row], values + offsets[row + 1], request.at, request.matched, false};
+      prefetch(&request.frozen->state(request.at));
+      if (!walks_[row].done()) active_.push_back(row);
+    }
+    while (!active_.empty()) {
+      size_t kept = 0;
+      for (const size_t row : active_) {
+        requests_[found_[row]].frozen->advance(walks_[row]);
+        active_[kept] = row;
+        kept += !walks_[row].done();
+      }
+      active_.resize(kept);
+    }
+    for (size_t row = 0; row < found_.size(); ++row) {
+      requests_[found_[row]].at = walks_[row].at;
+      requests_[found_[row]].matched = walks_[row].matched;
+    }
+  }
+
+  // Appends the first token of every row, then the second, and so on; chains are counted in turns as well.
+  void append_live(const int32_t* values, const int64_t* offsets) {
+    warm_live();
+    warm_roots(values, offsets);
+    active_.resize(found_.size());
+    std::iota(active_.begin(), active_.end(), size_t{0});
+    for (int64_t column = 0; !active_.empty(); ++column) {
+      size_t kept = 0;
+      for (const size_t row : active_) {
+        if (offsets[row] + column == offsets[row + 1]) continue;
+        Request& request = requests_[found_[row]];
+        request.live->step(request.cursor, values[offsets[row] + column]);
+        warm_[row] = request.cursor;
+        active_[kept++] = row;
+      }
+      active_.resize(kept);
+      count_chains();
+    }
+  }
+
+  // A token in a new context is looked up at the root, whose table is the largest of all.
+  void warm_roots(const int32_t* values, const int64_t* offsets) {
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Live& live = *requests_[found_[row]].live;
+      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) live.prefetch_search(kRoot, values[i]);
+    }
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Live& live = *requests_[found_[row]].live;
+      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
+        const int32_t target = live.find(kRoot, values[i]);
+        if (target >= 0) prefetch(&live.state(target));
+      }
+    }
+  }
+
+  void count_chains() {
+    counting_.assign(active_.begin(), active_.end());
+    for (int i = 0; i < kMaxChain && !counting_.empty(); ++i) {
+      size_t kept = 0;
+      for (const size_t row : counting_) {
+        const Request& request = requests_[found_[row]];
+        warm_[row] = request.live->count(warm_[row], request.sequence);
+        counting_[kept] = row;
+        kept += warm_[row] != kRoot;
+      }
+      counting_.resize(kept);
+    }
+  }
+
+  void warm_live() {
+    for (size_t row = 0; row < found_.size(); ++row) {
+      const Request& request = requests_[found_[row]];
+      warm_[row] = request.cursor;
+      prefetch(&request.live->state(request.cursor));
+    }
+    for (int i = 0; i < kWarmLinks; ++i)
+      for (size_t row = 0; row < found_.size(); ++row) {
+        if (warm_[row] < 0) continue;
+        const Live& live = *requests_[found_[row]].live;
+        live.prefetch_edges(warm_[row]);
+        warm_[row] = live.state(warm_[row]).link;
+        if (warm_[row] >= 0) prefetch(&live.state(warm_[row]));
+      }
   }
 
   void propose_row(const Request& request, const DraftRows& out, int64_t row) {
-    out.count[row] = 0;
+    out.count[row] = out.match_len[row] = 0;
+    out.source[row] = kSourceNone;
     const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
     if (limit <= 0) return;
-    const int32_t own_end = request.live->cursor(request.sequence);
-    const int32_t length = request.live->state(own_end).length;
+    const int32_t length = request.live->state(request.cursor).length;
     // kStart counts as context: a response that has matched from its first token on needs no minimum.
-    const DraftLimits limits{limit, std::min<int>(options_.min_match, length), out.min_prob[row], options_.escape};
+    const DraftLimits limits{limit, std::min<int>(options_.min_match, length), options_.min_match, out.min_prob[row],
+                             options_.escape};
     Draft best{scratch_tokens_.data(), scratch_probs_.data()};
     Draft spare{scratch_tokens_.data() + out.width, scratch_probs_.data() + out.width};
-    draft_from(*request.live, own_end, length, 1.0f, options_.max_candidates, limits, best, spare);
+    draft_from(*request.live, request.cursor, length, request.cursor, options_.max_candidates, limits, best, spare);
     const float live_score = best.score;
     const int32_t live_mark = best.mark;
-    draft_from(*request.frozen, request.at, request.matched, 0.0f, options_.max_candidates, limits, best, spare);
+    draft_from(*request.frozen, request.at, request.matched, kRoot, options_.max_candidates, limits, best, spare);
     if (best.count == 0) return;
     if (best.score > live_score)
       out.source[row] = request.frozen->is_prompt(best.mark) ? kPrompt : kHistory;
@@ -334,6 +451,9 @@ class SuffixIndexSet {
   std::vector<Request> requests_;
   std::vector<int64_t> uids_;
   std::vector<size_t> found_;
+  std::vector<int32_t> warm_;
+  std::vector<Frozen::Walk> walks_;
+  std::vector<size_t> active_, counting_;
   std::vector<int32_t> scratch_tokens_;
   std::vector<float> scratch_probs_;
   Builder builder_;
