@@ -15,7 +15,7 @@ BUILD_FILES := pyproject.toml setup.py $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: train train-short test test-slow test-gpu lint typecheck format install clean
+.PHONY: train train-short test test-slow test-gpu sanitize lint typecheck format install clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -32,6 +32,16 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# The native index alone, without Python: memory errors and undefined behaviour first, then data races.
+sanitize:
+	@mkdir -p build/sanitize
+	@for kind in address,undefined thread; do \
+		echo "sanitize: $$kind"; \
+		g++ -std=c++17 -O1 -g -Wall -Wextra -fsanitize=$$kind -fno-sanitize-recover=all -pthread \
+			-Ikernels/csrc tests/native/suffix_driver.cpp -o build/sanitize/suffix_driver || exit 1; \
+		build/sanitize/suffix_driver || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

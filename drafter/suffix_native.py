@@ -33,9 +33,7 @@ class _Held:
 class NativeSuffixIndexes:
     """Frozen and live suffix automata of every prompt; arguments as for SuffixDrafter."""
 
-    def __init__(
-        self, history: HistoryLog, min_match: int, decay: float, escape: float, max_index_tokens: int
-    ) -> None:
+    def __init__(self, history: HistoryLog, min_match: int, decay: float, escape: float, max_index_tokens: int) -> None:
         if _native is None:
             raise KernelError(f"index=native: the extension is not built ({NATIVE_ERROR})")
         self.history, self.decay, self.max_index_tokens = history, decay, max_index_tokens

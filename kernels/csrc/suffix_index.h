@@ -343,9 +343,9 @@ void follow(const Tier& tier, int32_t at, int32_t own_end, const DraftLimits& li
 template <typename Tier>
 void draft_from(const Tier& tier, int32_t at, int32_t matched, int32_t own_end, int max_candidates,
                 const DraftLimits& limits, Draft& best, Draft& spare) {
-  // A shorter context cannot add much to a draft that is nearly certain already.
+  // A shorter context of the same tier cannot add much to a draft that is nearly certain already.
   const float enough = 0.8f * static_cast<float>(limits.max_tokens);
-  for (int tried = 0; tried < max_candidates && at != kRoot && best.score < enough;) {
+  for (int tried = 0; tried < max_candidates && at != kRoot && (tried == 0 || best.score < enough);) {
     if (matched < limits.min_match) return;
     if (tier.state(at).token != kNoToken) {
       ++tried;

@@ -8,18 +8,11 @@
 // - publish ends the live tier of a prompt: what was sampled is in the records that the next frozen tier is built
 //   from. Requests still open keep the old one among themselves.
 #pragma once
-#include <atomic>
-#include <condition_variable>
-#include <deque>
-#include <exception>
-#include <memory>
-#include <mutex>
 #include <numeric>
 #include <string>
-#include <thread>
 #include <unordered_map>
 
-#include "suffix_index.h"
+#include "suffix_builder.h"
 
 namespace slipstream {
 
@@ -33,86 +26,14 @@ struct ClosedIndex : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-struct PromptEntry {
-  std::shared_ptr<const Frozen> frozen = std::make_shared<const Frozen>();
-  std::shared_ptr<Live> live;
-  int pending = 0;  // rebuilds queued or running; guarded by the builder's mutex
-};
-
-// One background thread that builds frozen tiers in the order they were asked for.
-class Builder {
- public:
-  ~Builder() { stop(); }
-
-  void submit(std::shared_ptr<PromptEntry> prompt, Corpus corpus) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
-    ++prompt->pending;
-    jobs_.push_back({std::move(prompt), std::move(corpus)});
-    changed_.notify_all();
-  }
-
-  // Waits for the rebuilds of one prompt, or of all (nullptr). Rethrows what a rebuild died of.
-  void wait(const PromptEntry* prompt) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return stopping_ || (prompt ? prompt->pending == 0 : num_open() == 0); });
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  }
-
-  void stop() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
-      changed_.notify_all();
-    }
-    if (thread_.joinable()) thread_.join();
-  }
-
- private:
-  struct Job {
-    std::shared_ptr<PromptEntry> prompt;
-    Corpus corpus;
-  };
-
-  size_t num_open() const { return jobs_.size() + (running_ ? 1 : 0); }
-
-  void run() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [&] { return stopping_ || !jobs_.empty(); });
-      if (stopping_) return;
-      Job job = std::move(jobs_.front());
-      jobs_.pop_front();
-      running_ = true;
-      lock.unlock();
-      std::exception_ptr error;
-      try {
-        std::atomic_store(&job.prompt->frozen, std::shared_ptr<const Frozen>(new Frozen(job.corpus)));
-      } catch (...) {
-        error = std::current_exception();
-      }
-      lock.lock();
-      running_ = false;
-      if (error) error_ = error;
-      --job.prompt->pending;
-      changed_.notify_all();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<Job> jobs_;
-  std::exception_ptr error_;
-  bool running_ = false, stopping_ = false;
-  std::thread thread_;
-};
-
 struct SetOptions {
   int min_match = 2, max_candidates = 2;
   float escape = 0.5f;
 };
 
+// How far ahead of a batch's walks memory is fetched, and for how many rows at a time.
 constexpr int kWarmDraft = 8, kWarmLinks = 5;
+constexpr int64_t kBlockRows = 64;
 
 // Buffers of one propose call, rows in batch order. tokens and probs are [rows, width].
 struct DraftRows {
@@ -146,7 +67,7 @@ class SuffixIndexSet {
     lock.lock();
     require_closed_uid(uid);
     if (!held->live) held->live = std::make_shared<Live>();
-    Request request{held->live, std::atomic_load(&held->frozen), 0, 0, kRoot, 0};
+    Request request{held->live, std::atomic_load(&held->frozen), 0, 0, kRoot, 0, 0};
     request.sequence = held->live->open(request.cursor);
     request.at = std::max(request.frozen->find(kRoot, kStart), kRoot);
     request.matched = request.at == kRoot ? 0 : 1;
@@ -171,17 +92,21 @@ class SuffixIndexSet {
     find_slots(uids, out.rows);
     scratch_tokens_.resize(static_cast<size_t>(out.width) * 2);
     scratch_probs_.resize(static_cast<size_t>(out.width) * 2);
-    warm_frozen();
-    warm_live();
-    for (int64_t row = 0; row < out.rows; ++row) propose_row(requests_[found_[row]], out, row);
+    each_block(out.rows, [&] {
+      warm_frozen();
+      warm_live();
+      for (int64_t row = first_; row < end_; ++row) propose_row(requests_[found_[row]], out, row);
+    });
   }
 
   void extend(const int64_t* uids, int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
     std::lock_guard<std::mutex> lock(mutex_);
     find_slots(uids, rows);
     check_ragged(rows, values, offsets, num_values);
-    advance_frozen(values, offsets);
-    append_live(values, offsets);
+    each_block(rows, [&] {
+      advance_frozen(values, offsets);
+      append_live(values, offsets);
+    });
   }
 
   // Queues the rebuild of a prompt's frozen tier and ends its live tier.
@@ -246,6 +171,7 @@ class SuffixIndexSet {
     std::shared_ptr<Live> live;
     std::shared_ptr<const Frozen> frozen;
     int32_t sequence, cursor, at, matched;
+    uint64_t last_call;
   };
 
   void require_open() const {
@@ -272,12 +198,17 @@ class SuffixIndexSet {
 
   void find_slots(const int64_t* uids, int64_t rows) {
     require_open();
+    ++num_calls_;
     found_.resize(static_cast<size_t>(rows), 0);
     warm_.resize(static_cast<size_t>(rows));
     for (int64_t row = 0; row < rows; ++row) {
       // From one engine step to the next most rows stay where they are.
       const size_t guess = found_[row];
       if (guess >= uids_.size() || uids_[guess] != uids[row]) found_[row] = slot_of(uids[row]);
+      Request& request = requests_[found_[row]];
+      if (request.last_call == num_calls_)
+        throw std::invalid_argument("uid " + std::to_string(uids[row]) + " is in the batch twice");
+      request.last_call = num_calls_;
     }
   }
 
@@ -291,16 +222,25 @@ class SuffixIndexSet {
         throw std::invalid_argument("token " + std::to_string(values[i]) + " is negative; allowed: 0 or more");
   }
 
+  // Few enough rows for what is fetched ahead to be in the cache still when it is used.
+  template <typename Work>
+  void each_block(int64_t rows, Work work) {
+    for (first_ = 0; first_ < rows; first_ = end_) {
+      end_ = std::min(rows, first_ + kBlockRows);
+      work();
+    }
+  }
+
   // The tiers of many requests do not fit into the caches together, and each walk is a chain of loads. These passes
   // take every request's chain one link further at a time, so that the loads of different requests overlap.
   void warm_frozen() {
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Request& request = requests_[found_[row]];
       warm_[row] = request.at;
       prefetch(&request.frozen->state(request.at));
     }
     follow_frozen();
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Request& request = requests_[found_[row]];
       warm_[row] = std::max(request.frozen->state(request.at).link, kRoot);
       prefetch(&request.frozen->state(warm_[row]));
@@ -310,7 +250,7 @@ class SuffixIndexSet {
 
   void follow_frozen() {
     for (int i = 0; i < kWarmDraft; ++i)
-      for (size_t row = 0; row < found_.size(); ++row) {
+      for (int64_t row = first_; row < end_; ++row) {
         const Frozen& frozen = *requests_[found_[row]].frozen;
         const State& s = frozen.state(warm_[row]);
         if (s.token != kNoToken) warm_[row] = s.target;
@@ -322,7 +262,7 @@ class SuffixIndexSet {
   void advance_frozen(const int32_t* values, const int64_t* offsets) {
     walks_.resize(found_.size());
     active_.clear();
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Request& request = requests_[found_[row]];
       walks_[row] = {values + offsets[row], values + offsets[row + 1], request.at, request.matched, false};
       prefetch(&request.frozen->state(request.at));
@@ -330,14 +270,14 @@ class SuffixIndexSet {
     }
     while (!active_.empty()) {
       size_t kept = 0;
-      for (const size_t row : active_) {
+      for (const int64_t row : active_) {
         requests_[found_[row]].frozen->advance(walks_[row]);
         active_[kept] = row;
         kept += !walks_[row].done();
       }
       active_.resize(kept);
     }
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       requests_[found_[row]].at = walks_[row].at;
       requests_[found_[row]].matched = walks_[row].matched;
     }
@@ -347,11 +287,11 @@ class SuffixIndexSet {
   void append_live(const int32_t* values, const int64_t* offsets) {
     warm_live();
     warm_roots(values, offsets);
-    active_.resize(found_.size());
-    std::iota(active_.begin(), active_.end(), size_t{0});
+    active_.resize(static_cast<size_t>(end_ - first_));
+    std::iota(active_.begin(), active_.end(), first_);
     for (int64_t column = 0; !active_.empty(); ++column) {
       size_t kept = 0;
-      for (const size_t row : active_) {
+      for (const int64_t row : active_) {
         if (offsets[row] + column == offsets[row + 1]) continue;
         Request& request = requests_[found_[row]];
         request.live->step(request.cursor, values[offsets[row] + column]);
@@ -365,11 +305,11 @@ class SuffixIndexSet {
 
   // A token in a new context is looked up at the root, whose table is the largest of all.
   void warm_roots(const int32_t* values, const int64_t* offsets) {
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Live& live = *requests_[found_[row]].live;
       for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) live.prefetch_search(kRoot, values[i]);
     }
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Live& live = *requests_[found_[row]].live;
       for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
         const int32_t target = live.find(kRoot, values[i]);
@@ -382,7 +322,7 @@ class SuffixIndexSet {
     counting_.assign(active_.begin(), active_.end());
     for (int i = 0; i < kMaxChain && !counting_.empty(); ++i) {
       size_t kept = 0;
-      for (const size_t row : counting_) {
+      for (const int64_t row : counting_) {
         const Request& request = requests_[found_[row]];
         warm_[row] = request.live->count(warm_[row], request.sequence);
         counting_[kept] = row;
@@ -393,13 +333,13 @@ class SuffixIndexSet {
   }
 
   void warm_live() {
-    for (size_t row = 0; row < found_.size(); ++row) {
+    for (int64_t row = first_; row < end_; ++row) {
       const Request& request = requests_[found_[row]];
       warm_[row] = request.cursor;
       prefetch(&request.live->state(request.cursor));
     }
     for (int i = 0; i < kWarmLinks; ++i)
-      for (size_t row = 0; row < found_.size(); ++row) {
+      for (int64_t row = first_; row < end_; ++row) {
         if (warm_[row] < 0) continue;
         const Live& live = *requests_[found_[row]].live;
         live.prefetch_edges(warm_[row]);
@@ -450,10 +390,12 @@ class SuffixIndexSet {
   std::unordered_map<int64_t, size_t> slots_;
   std::vector<Request> requests_;
   std::vector<int64_t> uids_;
+  uint64_t num_calls_ = 0;
   std::vector<size_t> found_;
   std::vector<int32_t> warm_;
   std::vector<Frozen::Walk> walks_;
-  std::vector<size_t> active_, counting_;
+  std::vector<int64_t> active_, counting_;
+  int64_t first_ = 0, end_ = 0;  // the rows of the block in work
   std::vector<int32_t> scratch_tokens_;
   std::vector<float> scratch_probs_;
   Builder builder_;

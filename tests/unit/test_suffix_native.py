@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.drafter.base import SOURCE_NAMES
+from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
+from slipstream.drafter.history import HistoryLog
+from slipstream.drafter.suffix_native import NativeSuffixIndexes
 from slipstream.kernels import _native  # type: ignore[attr-defined]
 
 START = -1
@@ -257,6 +260,8 @@ def test_errors_are_typed_and_change_nothing() -> None:
         extend(index, [1, 2], [[2], [-3]])
     with pytest.raises(_native.UnknownUidError, match="uid 9 is not open"):
         extend(index, [1, 9], [[2], [2]])
+    with pytest.raises(ValueError, match="uid 2 is in the batch twice"):
+        extend(index, [1, 2, 2], [[2], [2], [2]])
     with pytest.raises(KeyError, match="uid 9"):
         Drafts(index, [1, 9], limit=4)
     with pytest.raises(KeyError, match="uid 9"):
@@ -288,3 +293,83 @@ def test_a_closed_index_refuses() -> None:
     ):
         with pytest.raises(_native.ClosedIndexError, match="closed"):
             call()
+
+
+def test_a_request_keeps_the_tier_it_began_with() -> None:
+    index = _native.SuffixIndexSet()
+    publish(index, "p", [[1, 2, 3]] * 3, [1.0] * 3)
+    index.begin(1, "p")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(10, 20, 200_000).tolist()
+    values, offsets = arrays([[4, 5, 6]] * 9 + [noise])
+    index.publish("p", values, offsets, np.ones(10, np.float32))
+    while_building = Drafts(index, [1], limit=3).tokens
+    index.begin(2, "p")  # waits for the rebuild of its prompt
+    assert Drafts(index, [1, 2], limit=3).tokens == [*while_building, [4, 5, 6]]
+    assert while_building == [[1, 2, 3]]
+
+
+def test_readers_run_while_prompts_are_rebuilt() -> None:
+    """Requests that stay open across many rebuilds draft exactly what they drafted before."""
+    index = _native.SuffixIndexSet()
+    rng = np.random.default_rng(1)
+    history = [rng.integers(0, 4, 400).tolist() for _ in range(3)]
+    publish(index, "p", history, [1.0] * 3)
+    uids = list(range(8))
+    for uid in uids:
+        index.begin(uid, "p")
+    extend(index, uids, [rng.integers(0, 4, 30).tolist() for _ in uids])
+    before = Drafts(index, uids, limit=8).tokens
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def rebuild() -> None:
+        try:
+            while not stop.is_set():
+                publish(index, "p", [rng.integers(0, 4, 3000).tolist()], [1.0])
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=rebuild)
+    thread.start()
+    try:
+        for i in range(300):
+            assert Drafts(index, uids, limit=8).tokens == before
+            index.begin(100 + i, "p")
+            extend(index, [100 + i], [[1, 2, 3]])
+            index.end(100 + i)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+    assert index.stats()["open_requests"] == len(uids)
+
+
+def test_least_recently_begun_prompts_are_dropped_and_come_back() -> None:
+    history = HistoryLog(window_epochs=4)
+    history.add(HistoryRecord(name, 1, i, np.arange(100, dtype=np.int32)) for i, name in enumerate("abc"))
+    indexes = NativeSuffixIndexes(history, min_match=2, decay=0.9, escape=0.5, max_index_tokens=250)
+    none = np.zeros(0, np.int32)
+    indexes.begin(1, "a", none)
+    for uid, name in ((2, "b"), (3, "c")):
+        indexes.begin(uid, name, none)
+        indexes.end(uid, finished=True)
+    indexes.begin(4, "a", none)
+    assert indexes.follow_weights("a", [5]) == {6: 1.0}
+    assert indexes.follow_weights("b", [5]) == {}
+    assert indexes.follow_weights("c", [5]) == {6: 1.0}
+    indexes.begin(5, "b", none)
+    assert indexes.follow_weights("b", [5]) == {6: 1.0}
+    assert indexes.follow_weights("c", [5]) == {}
+
+
+def test_visits_fade_exactly_in_the_frozen_tier() -> None:
+    history = HistoryLog(window_epochs=3)
+    indexes = NativeSuffixIndexes(history, min_match=2, decay=0.5, escape=0.5, max_index_tokens=10**6)
+    indexes.begin(1, "p", np.array([5, 1], np.int32))
+    for step in (1, 2, 3, 4):
+        records = [HistoryRecord("p", step, step, np.array([5, step], np.int32))]
+        history.add(records)
+        indexes.publish(records)
+    # The prompt weighs as much as a visit just before the window: decay**3.
+    assert indexes.follow_weights("p", [5]) == {1: 0.125, 2: 0.25, 3: 0.5, 4: 1.0}
