@@ -1,8 +1,10 @@
 // A growing array of plain values, in one block without pointers into itself.
-// Invariant: the values are trivially copyable, so growing moves pages instead of copying objects.
+// Invariants: the values are trivially copyable; the block begins at a cache line, so that values whose size divides 64
+// never straddle two lines.
 #pragma once
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -45,14 +47,19 @@ class FlatBuffer {
     return at;
   }
   void reserve(size_t capacity) {
-    void* moved = std::realloc(static_cast<void*>(data_), (capacity ? capacity : 1) * sizeof(T));
+    const size_t bytes = (capacity * sizeof(T) + kLine) / kLine * kLine;
+    T* moved = static_cast<T*>(std::aligned_alloc(kLine, bytes));
     if (!moved) throw std::bad_alloc();
-    data_ = static_cast<T*>(moved);
+    if (size_) std::memcpy(static_cast<void*>(moved), data_, size_ * sizeof(T));
+    std::free(data_);
+    data_ = moved;
     capacity_ = capacity;
   }
   void shrink() { reserve(size_); }
 
  private:
+  static constexpr size_t kLine = 64;
+
   void swap(FlatBuffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);

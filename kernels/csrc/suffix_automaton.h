@@ -26,21 +26,18 @@ struct Edge {
   int32_t token, target;
 };
 
-// token, target: the first edge (kNoToken: none). more: the other edges. mark: the last sequence that came through.
+// token, target: the first edge (kNoToken: none). more, slots: where the other edges are. mark: the last sequence that
+// came through. 32 bytes: two states a cache line, none on two.
 struct State {
   int32_t length, link, token, target;
   float weight;
   uint32_t more;
   int32_t mark;
+  uint32_t slots;
 };
+static_assert(sizeof(State) == 32, "a state must not straddle cache lines");
 
 inline void prefetch(const void* at) { __builtin_prefetch(at); }
-
-// A state often straddles two cache lines, and the frozen tier reads the next state's `more` with it.
-inline void prefetch(const State* at) {
-  __builtin_prefetch(at);
-  __builtin_prefetch(&at[1].more);
-}
 
 // clones_inherit: whether a clone starts with the weight of its original (weights counted as text arrives) or with
 // none (weights propagated over the links at the end).
@@ -48,7 +45,7 @@ class SuffixAutomaton {
  public:
   explicit SuffixAutomaton(bool clones_inherit) : clones_inherit_(clones_inherit) {
     edges_.push({kNoToken, 0});  // offset 0 means "no further edges"
-    states_.push({0, -1, kNoToken, 0, 0.0f, 0, 0});
+    states_.push({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
   }
 
   FlatBuffer<State>& states() { return states_; }
@@ -62,7 +59,7 @@ class SuffixAutomaton {
       return states_[*known].length == states_[at].length + 1 ? *known : clone(at, token, *known);
     if (states_.size() >= size_t{1} << 31) throw std::length_error("a suffix index holds at most 2^31 states");
     const int32_t fresh =
-        static_cast<int32_t>(states_.push({states_[at].length + 1, kRoot, kNoToken, 0, 0.0f, 0, 0}));
+        static_cast<int32_t>(states_.push({states_[at].length + 1, kRoot, kNoToken, 0, 0.0f, 0, 0, 0}));
     int32_t state = at;
     const int32_t* met = nullptr;
     do {

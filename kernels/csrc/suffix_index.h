@@ -97,9 +97,9 @@ class Frozen {
         pack(state, children);
       }
       state.more = first;
+      state.slots = static_cast<uint32_t>(others_.size()) - first;
     }
     states_ = std::move(automaton.states());
-    states_.push({0, -1, kNoToken, 0, 0.0f, static_cast<uint32_t>(others_.size()), 0});
     states_.shrink();
   }
 
@@ -127,7 +127,7 @@ class Frozen {
       walk.looks_at_others = false;
     } else if (s.token == *walk.next) {
       target = s.target;
-    } else if (states_[walk.at + 1].more != s.more) {
+    } else if (s.slots) {
       walk.looks_at_others = true;
       prefetch(&others_[first_slot(walk.at, *walk.next)]);
       return;
@@ -158,7 +158,7 @@ class Frozen {
     const State& s = states_[at];
     if (s.token == kNoToken) return;
     visit(s.token, s.target);
-    for (uint32_t i = s.more; i < states_[at + 1].more; ++i)
+    for (uint32_t i = s.more; i < s.more + s.slots; ++i)
       if (others_[i].token != kNoToken) visit(others_[i].token, others_[i].target);
   }
 
@@ -217,12 +217,12 @@ class Frozen {
   }
 
   uint32_t first_slot(int32_t at, int32_t token) const {
-    const uint32_t first = states_[at].more, slots = states_[at + 1].more - first;
+    const uint32_t first = states_[at].more, slots = states_[at].slots;
     return slots <= kLinearScan ? first : first + home_slot(token, slots);
   }
 
   int32_t find_other(int32_t at, int32_t token) const {
-    const uint32_t first = states_[at].more, slots = states_[at + 1].more - first;
+    const uint32_t first = states_[at].more, slots = states_[at].slots;
     const Edge* edges = others_.data() + first;
     if (slots <= kLinearScan) {
       for (uint32_t i = 0; i < slots; ++i)
@@ -234,7 +234,7 @@ class Frozen {
     return edges[i].token == token ? edges[i].target : -1;
   }
 
-  FlatBuffer<State> states_;  // `more` is where the other edges begin; the next state's is where they end
+  FlatBuffer<State> states_;  // `more` is where its other edges begin, `slots` how many places they take
   FlatBuffer<Edge> others_;
   size_t num_tokens_, num_plain_;
 };
