@@ -15,10 +15,7 @@ BUILD_FILES := pyproject.toml setup.py $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-# What `make test-matrix` runs the engine's contract on: the ends of the supported range.
-MATRIX ?= transformers==5.5.3 transformers==5.19.0
-
-.PHONY: train train-short test test-slow test-gpu test-matrix lint typecheck format install clean
+.PHONY: train train-short test test-slow test-gpu sanitize lint typecheck format install clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -36,12 +33,14 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-matrix:
-	@for pin in $(MATRIX); do \
-		venv=$(VENV)-$$(echo $$pin | tr -c 'a-z0-9.\n' '-'); \
-		test -x $$venv/bin/pip || $(PYTHON) -m venv $$venv; \
-		$$venv/bin/pip install --quiet torch==2.13.0 && $$venv/bin/pip install --quiet -e '.[dev]' $$pin && \
-		$$venv/bin/python -m pytest tests/contract/test_engine.py $(ARGS) || exit 1; \
+# The native index alone, without Python: memory errors and undefined behaviour first, then data races.
+sanitize:
+	@mkdir -p build/sanitize
+	@for kind in address,undefined thread; do \
+		echo "sanitize: $$kind"; \
+		g++ -std=c++17 -O1 -g -Wall -Wextra -fsanitize=$$kind -fno-sanitize-recover=all -pthread \
+			-Ikernels/csrc tests/native/suffix_driver.cpp -o build/sanitize/suffix_driver || exit 1; \
+		build/sanitize/suffix_driver || exit 1; \
 	done
 
 lint: $(STAMP)

@@ -1,157 +1,105 @@
 """The DAS drafter: continue the longest match in earlier rollouts of the same prompt (arXiv 2511.13841, 4.1).
 
 Invariants
-- One index per prompt_id holds its windowed history and, from this step, every sibling in flight as its tokens are
-  accepted; a request's own text is part of it.
-- Every sequence starts with START, so a response can be drafted from its first token on.
-- Occurrences of visit v weigh decay**(-v): relative to the newest visit, older ones fade geometrically (the paper
-  asks for a "mild" down-weight without a formula; the rule and its default are ours).
+- A request drafts from its prompt's windowed history, from the prompt itself, from every sibling in flight as its
+  tokens are accepted, and from its own text; never from another prompt.
+- Occurrences of older visits fade geometrically, by `decay` per visit (the paper asks for a "mild" down-weight without
+  a formula; the rule and its default are ours).
+- The history log is the only state: indexes are made from it and may be dropped at any time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
-from slipstream.drafter.base import (
-    SOURCE_HISTORY,
-    SOURCE_PROMPT,
-    SOURCE_SELF,
-    SOURCE_SIBLING,
-    DraftBatch,
-    HistoryRecord,
-    LiveBatch,
-    Price,
-    Ragged,
-)
+from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.history import HistoryLog
-from slipstream.kernels.suffix_index import SuffixIndex
+from slipstream.drafter.suffix_native import NativeSuffixIndexes
+from slipstream.drafter.suffix_plain import PlainSuffixIndexes
+from slipstream.kernels.dispatch import NATIVE_ERROR
 
-START = -1
-PROMPT_SEQUENCE = 0
-
-
-@dataclass(slots=True)
-class _PromptIndex:
-    """The automaton of one prompt. live_from: first sequence of the current step; visits: visits inserted so far."""
-
-    index: SuffixIndex
-    live_from: int = 1
-    visits: int = 0
+IndexChoice = Literal["auto", "native", "reference"]
+INDEX_CHOICES = ("auto", "native", "reference")
 
 
-@dataclass(slots=True)
-class _Open:
-    prompt_id: str
-    sequence: int
+class SuffixIndexes(Protocol):
+    """The indexes of all prompts, behind the drafter; methods as in drafter/base.py."""
+
+    def begin(self, uid: int, prompt_id: str, prompt: np.ndarray) -> None:
+        """See Drafter.begin."""
+
+    def propose(self, batch: LiveBatch, price: Price, out: DraftBatch) -> None:
+        """See Drafter.propose."""
+
+    def extend(self, batch: LiveBatch, accepted: Ragged) -> None:
+        """See Drafter.extend."""
+
+    def end(self, uid: int, finished: bool) -> None:
+        """See Drafter.end."""
+
+    def publish(self, records: list[HistoryRecord]) -> None:
+        """The history has taken `records` in: make the indexes follow."""
+
+    def follow_weights(self, prompt_id: str, context: list[int]) -> dict[int, float]:
+        """Weight of every token that followed `context` in what the prompt's requests draft from."""
 
 
 class SuffixDrafter:
-    """History plus siblings in flight, per prompt. decay: weight of a visit relative to the next newer one."""
+    """History plus siblings in flight, per prompt.
+
+    min_match: tokens of context that must match. decay: weight of a visit relative to the next newer one. escape:
+    weight, in newest occurrences, of "something never seen here". index: `native` needs the extension (KernelError
+    without it), `reference` is plain Python, `auto` takes native when it is built; `index_name` and `index_reason` tell
+    which and why. max_index_tokens: cap over all prompts of the native index.
+    """
 
     name = "suffix"
 
-    def __init__(self, window_epochs: int = 16, min_match: int = 2, decay: float = 0.9, escape: float = 0.5) -> None:
+    def __init__(
+        self,
+        window_epochs: int = 16,
+        min_match: int = 2,
+        decay: float = 0.9,
+        escape: float = 0.5,
+        index: IndexChoice = "auto",
+        max_index_tokens: int = 64_000_000,
+    ) -> None:
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay is {decay}; allowed: above 0 and at most 1")
+        if index not in INDEX_CHOICES:
+            raise ValueError(f"index is {index}; allowed: {', '.join(INDEX_CHOICES)}")
         self.history = HistoryLog(window_epochs)
-        self.min_match, self.decay, self.escape = min_match, decay, escape
-        self._prompts: dict[str, _PromptIndex] = {}
-        self._open: dict[int, _Open] = {}
-        self._inserted: set[int] = set()
+        self.index_reason = NATIVE_ERROR if index == "auto" and NATIVE_ERROR else f"index={index}"
+        self.index_name = "reference" if index == "reference" or (index == "auto" and NATIVE_ERROR) else "native"
+        self._indexes: SuffixIndexes
+        if self.index_name == "native":
+            self._indexes = NativeSuffixIndexes(self.history, min_match, decay, escape, max_index_tokens)
+        else:
+            self._indexes = PlainSuffixIndexes(self.history, min_match, decay, escape)
 
     def begin(self, uid: int, prompt_id: str, prompt: np.ndarray) -> None:
-        """Opens a request; its index is built from the history on the prompt's first visit."""
-        if uid in self._open:
-            raise ValueError(f"uid {uid} is open already")
-        if prompt_id not in self._prompts:
-            self._prompts[prompt_id] = self._build(prompt_id, prompt)
-        held = self._prompts[prompt_id]
-        self._open[uid] = _Open(prompt_id, self._start(held))
+        """Opens a request. Raises ValueError when the uid is open already."""
+        self._indexes.begin(uid, prompt_id, prompt)
 
     def propose(self, batch: LiveBatch, price: Price, out: DraftBatch) -> None:
-        """The heaviest continuation of each row's longest match."""
-        for row, uid in enumerate(batch.uids.tolist()):
-            limit = int(price.max_draft[row])
-            if limit == 0:
-                continue
-            held = self._open[uid]
-            prompt = self._prompts[held.prompt_id]
-            # START counts as context: a response that has matched from its first token on needs no minimum.
-            min_match = min(self.min_match, int(batch.num_generated[row]) + 1)
-            min_prob = float(price.min_accept_prob[row])
-            draft = prompt.index.continuation(held.sequence, limit, min_match, min_prob, self.escape)
-            if draft is None:
-                continue
-            count = len(draft.tokens)
-            out.tokens[row, :count] = draft.tokens
-            out.count[row] = count
-            out.match_len[row] = draft.match_len
-            out.source[row] = self._source(prompt, held, draft.sequence)
+        """The continuation of each row's matches that promises most. Raises KeyError for a uid that is not open."""
+        self._indexes.propose(batch, price, out)
 
     def extend(self, batch: LiveBatch, accepted: Ragged) -> None:
-        """Siblings see accepted tokens from the next step on."""
-        tokens, offsets = accepted.values.tolist(), accepted.offsets.tolist()
-        for row, uid in enumerate(batch.uids.tolist()):
-            held = self._open[uid]
-            index = self._prompts[held.prompt_id].index
-            for token in tokens[offsets[row] : offsets[row + 1]]:
-                index.append(held.sequence, token)
+        """Siblings see accepted tokens from the next step on. Raises KeyError for a uid that is not open."""
+        self._indexes.extend(batch, accepted)
 
     def end(self, uid: int, finished: bool) -> None:
         """Closes a request; what it generated stays visible to its siblings."""
-        del self._open[uid]
-        if finished:
-            self._inserted.add(uid)
+        self._indexes.end(uid, finished)
 
     def publish(self, step: int, records: list[HistoryRecord]) -> None:
-        """Rolls the window: rollouts of other workers join, indexes that hold too much of the past are dropped and
-        rebuilt on the prompt's next visit."""
+        """Rolls the window: this step's rollouts join, from every worker, and old visits leave."""
         self.history.add(records)
-        for record in records:
-            held = self._prompts.get(record.prompt_id)
-            if held is not None and record.uid not in self._inserted:
-                self._insert(held, record)
-        for prompt_id in {record.prompt_id for record in records}:
-            held = self._prompts.get(prompt_id)
-            if held is None:
-                continue
-            held.visits += 1
-            held.live_from = held.index.num_sequences
-            if held.visits > 2 * self.history.window_epochs and not self._is_open(prompt_id):
-                del self._prompts[prompt_id]
-        self._inserted.clear()
+        self._indexes.publish(records)
 
-    def _is_open(self, prompt_id: str) -> bool:
-        return any(held.prompt_id == prompt_id for held in self._open.values())
-
-    def _build(self, prompt_id: str, prompt: np.ndarray) -> _PromptIndex:
-        held = _PromptIndex(SuffixIndex())
-        held.index.open_sequence()
-        for token in prompt.tolist():
-            held.index.append(PROMPT_SEQUENCE, token)
-        for records in self.history.visits(prompt_id):
-            for record in records:
-                self._insert(held, record)
-            held.visits += 1
-        held.live_from = held.index.num_sequences
-        return held
-
-    def _start(self, held: _PromptIndex) -> int:
-        sequence = held.index.open_sequence(self.decay**-held.visits)
-        held.index.append(sequence, START)
-        return sequence
-
-    def _insert(self, held: _PromptIndex, record: HistoryRecord) -> None:
-        sequence = self._start(held)
-        for token in record.tokens.tolist():
-            held.index.append(sequence, token)
-
-    @staticmethod
-    def _source(prompt: _PromptIndex, held: _Open, sequence: int) -> int:
-        if sequence == held.sequence:
-            return SOURCE_SELF
-        if sequence == PROMPT_SEQUENCE:
-            return SOURCE_PROMPT
-        return SOURCE_SIBLING if sequence >= prompt.live_from else SOURCE_HISTORY
+    def follow_weights(self, prompt_id: str, context: list[int]) -> dict[int, float]:
+        """Weight of every token that followed `context` in what the prompt's requests draft from: for inspection."""
+        return self._indexes.follow_weights(prompt_id, context)

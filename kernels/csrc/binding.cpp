@@ -1,4 +1,4 @@
-// The one binding file: checks shapes, releases the GIL, calls the header-only core.
+// Binds attention and sampling, and opens the module: checks shapes, releases the GIL, calls the header-only core.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -110,8 +110,11 @@ static void bind_sampler(py::module_& m) {
      py::arg("count").noconvert(), py::arg("finish").noconvert());
 }
 
+void bind_suffix_index(py::module_& m);  // suffix_binding.cpp
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels; each has its plain twin in slipstream.kernels.reference.";
   bind_attention(m);
   bind_sampler(m);
+  bind_suffix_index(m);
 }

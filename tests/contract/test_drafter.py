@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.ngram import NgramDrafter
-from slipstream.drafter.suffix import SuffixDrafter
+from slipstream.drafter.suffix import IndexChoice, SuffixDrafter
 
-DRAFTERS: list[Callable[[], Drafter]] = [SuffixDrafter, NgramDrafter]
+INDEXES = ("native", "reference")
+DRAFTERS: list[Callable[[], Drafter]] = [*(partial(SuffixDrafter, index=index) for index in INDEXES), NgramDrafter]
 PROMPT = np.array([7, 8, 9], np.int32)
 TEXT = [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
 
@@ -75,8 +77,9 @@ def test_requests_are_opened_once_and_closed(make: Callable[[], Drafter]) -> Non
     drafter.begin(1, "p", PROMPT)
 
 
-def test_siblings_in_flight_draft_for_each_other() -> None:
-    drafter = SuffixDrafter()
+@pytest.mark.parametrize("index", INDEXES)
+def test_siblings_in_flight_draft_for_each_other(index: IndexChoice) -> None:
+    drafter = SuffixDrafter(index=index)
     for uid in (1, 2):
         drafter.begin(uid, "p", PROMPT)
     feed(drafter, 1, [5, 6, 7, 8])
@@ -86,8 +89,9 @@ def test_siblings_in_flight_draft_for_each_other() -> None:
     assert SOURCE_NAMES[out.source[0]] == "sibling"
 
 
-def test_history_drafts_from_the_first_token_of_its_own_prompt_only() -> None:
-    drafter = SuffixDrafter()
+@pytest.mark.parametrize("index", INDEXES)
+def test_history_drafts_from_the_first_token_of_its_own_prompt_only(index: IndexChoice) -> None:
+    drafter = SuffixDrafter(index=index)
     drafter.publish(1, [HistoryRecord("p", 1, 10, np.array([5, 6, 7], np.int32))])
     for uid, prompt in ((1, "p"), (2, "other")):
         drafter.begin(uid, prompt, PROMPT)
@@ -97,8 +101,9 @@ def test_history_drafts_from_the_first_token_of_its_own_prompt_only() -> None:
     assert out.count[1] == 0
 
 
-def test_newer_visits_outweigh_older_ones() -> None:
-    drafter = SuffixDrafter(decay=0.5)
+@pytest.mark.parametrize("index", INDEXES)
+def test_newer_visits_outweigh_older_ones(index: IndexChoice) -> None:
+    drafter = SuffixDrafter(decay=0.5, index=index)
     drafter.begin(1, "p", PROMPT)  # the index exists: records join it one visit after the other
     for step, tokens in ((1, [5, 6]), (2, [5, 7]), (3, [5, 8])):
         drafter.publish(step, [HistoryRecord("p", step, 100 + step, np.array(tokens, np.int32))])
@@ -107,21 +112,23 @@ def test_newer_visits_outweigh_older_ones() -> None:
     assert propose(drafter, [2], 1, 1).tokens[0, 0] == 8
 
 
-def test_own_rollouts_do_not_join_twice() -> None:
+@pytest.mark.parametrize("index", INDEXES)
+def test_own_rollouts_do_not_join_twice(index: IndexChoice) -> None:
     """Live tokens are in the index already when publish brings the same rollout back."""
-    drafter = SuffixDrafter()
+    drafter = SuffixDrafter(index=index)
     drafter.begin(1, "p", PROMPT)
     feed(drafter, 1, [5, 6])
     drafter.end(1, finished=True)
     other = HistoryRecord("p", 1, 2, np.array([5, 9], np.int32))
     mine = HistoryRecord("p", 1, 1, np.array([5, 6], np.int32))
     drafter.publish(1, [mine, other])
-    weights = drafter._prompts["p"].index.follow_weights([5])
+    weights = drafter.follow_weights("p", [5])
     assert weights[6] == weights[9]
 
 
-def test_uncertain_tokens_are_left_out_where_they_are_dear() -> None:
-    drafter = SuffixDrafter()
+@pytest.mark.parametrize("index", INDEXES)
+def test_uncertain_tokens_are_left_out_where_they_are_dear(index: IndexChoice) -> None:
+    drafter = SuffixDrafter(index=index)
     records = [HistoryRecord("p", 1, i, np.array([5, 6, 7 + i % 2], np.int32)) for i in range(8)]
     drafter.publish(1, records)
     drafter.begin(99, "p", PROMPT)
@@ -129,12 +136,13 @@ def test_uncertain_tokens_are_left_out_where_they_are_dear() -> None:
     assert propose(drafter, [99], 0, 8, min_prob=0.7).count[0] == 2
 
 
-def test_the_window_forgets() -> None:
+@pytest.mark.parametrize("index", INDEXES)
+def test_the_window_forgets(index: IndexChoice) -> None:
     log = HistoryLog(window_epochs=2)
     for step in (1, 2, 3):
         log.add([HistoryRecord("p", step, step, np.array([step], np.int32))])
     assert [records[0].step for records in log.visits("p")] == [2, 3]
-    drafter = SuffixDrafter(window_epochs=1)
+    drafter = SuffixDrafter(window_epochs=1, index=index)
     drafter.begin(1, "p", PROMPT)
     drafter.end(1, finished=False)
     for step in (1, 2, 3):
@@ -142,7 +150,7 @@ def test_the_window_forgets() -> None:
     drafter.begin(2, "p", PROMPT)
     feed(drafter, 2, [5])
     assert propose(drafter, [2], 1, 1).tokens[0, 0] == 3
-    assert set(drafter._prompts["p"].index.follow_weights([5])) == {3}
+    assert set(drafter.follow_weights("p", [5])) == {3}
 
 
 def test_history_survives_its_arrays() -> None:

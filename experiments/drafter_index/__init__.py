@@ -1,0 +1,1 @@
+"""How fast is the drafter's index, and how much of a rollout does it guess?"""

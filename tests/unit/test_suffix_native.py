@@ -1,0 +1,375 @@
+"""The native suffix index against brute force: counts, longest matches, cursors, decay, and typed errors."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
+from slipstream.drafter.history import HistoryLog
+from slipstream.drafter.suffix_native import NativeSuffixIndexes
+from slipstream.kernels import _native  # type: ignore[attr-defined]
+
+START = -1
+MAX_CHAIN = 32  # kMaxChain in kernels/csrc/suffix_index.h
+ESCAPE = 0.5
+
+Sequences = list[list[int]]
+
+
+def arrays(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.cumsum([0, *map(len, sequences)])
+    return np.array([token for tokens in sequences for token in tokens], np.int32), offsets
+
+
+def publish(index: _native.SuffixIndexSet, prompt: str, sequences: Sequences, weights: list[float]) -> None:
+    values, offsets = arrays(sequences)
+    index.publish(prompt, values, offsets, np.array(weights, np.float32))
+    index.wait()
+
+
+def extend(index: _native.SuffixIndexSet, uids: list[int], tokens: Sequences) -> None:
+    index.extend(np.array(uids), *arrays(tokens))
+
+
+class Drafts:
+    """One propose call; row i of tokens and probs cut to its count."""
+
+    def __init__(self, index: _native.SuffixIndexSet, uids: list[int], limit: int, min_prob: float = 0.0) -> None:
+        rows = len(uids)
+        tokens, probs = np.full((rows, limit), -7, np.int32), np.zeros((rows, limit), np.float32)
+        count, source, match_len = np.zeros(rows, np.int32), np.zeros(rows, np.int8), np.zeros(rows, np.int32)
+        limits, min_probs = np.full(rows, limit, np.int32), np.full(rows, min_prob, np.float32)
+        index.propose(np.array(uids), limits, min_probs, tokens, count, source, match_len, probs)
+        self.tokens = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
+        self.probs = [row[:n].tolist() for row, n in zip(probs, count, strict=True)]
+        self.source = [SOURCE_NAMES[i] for i in source]
+        self.match_len = match_len.tolist()
+
+
+def occurrences(sequences: Sequences, weights: list[float], context: list[int]) -> float:
+    """Summed weight of the places where the context ends."""
+    n = len(context)
+    return sum(
+        weight
+        for tokens, weight in zip(sequences, weights, strict=True)
+        for end in range(n, len(tokens) + 1)
+        if tokens[end - n : end] == context
+    )
+
+
+def followers(sequences: Sequences, weights: list[float], context: list[int]) -> dict[int, float]:
+    found: defaultdict[int, float] = defaultdict(float)
+    n = len(context)
+    for tokens, weight in zip(sequences, weights, strict=True):
+        for start in range(len(tokens) - n):
+            if tokens[start : start + n] == context:
+                found[tokens[start + n]] += weight
+    return dict(found)
+
+
+def contexts(sequences: Sequences) -> set[tuple[int, ...]]:
+    found = {tuple(s[i:j]) for s in sequences for i in range(len(s)) for j in range(i + 1, len(s) + 1)}
+    return found | {(9,), (1, 9)}
+
+
+def fibonacci_word(length: int) -> list[int]:
+    a, b = [0], [0, 1]
+    while len(b) < length:
+        a, b = b, b + a
+    return b[:length]
+
+
+TEXTS = {
+    "unary": [3] * 60,
+    "pair": [0, 1] * 30,
+    "triple": [0, 1, 1] * 20,
+    "fibonacci": fibonacci_word(60),
+    "distinct": list(range(60)),
+}
+events = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=MAX_CHAIN - 2)
+histories = st.lists(st.lists(st.integers(0, 3), max_size=14), min_size=1, max_size=4)
+
+
+def check_frozen(sequences: Sequences, weights: list[float]) -> None:
+    index = _native.SuffixIndexSet()
+    publish(index, "p", sequences, weights)
+    started = [[START, *tokens] for tokens in sequences]
+    for context in contexts(started):
+        got = dict(index.follow_weights("p", list(context), False))
+        assert got == pytest.approx(followers(started, weights, list(context)), rel=1e-5)
+
+
+@settings(max_examples=120, deadline=None)
+@given(histories, st.sampled_from([1.0, 0.9, 0.5]))
+def test_frozen_weights_equal_brute_force(sequences: Sequences, decay: float) -> None:
+    check_frozen(sequences, [decay ** (len(sequences) - 1 - i) for i in range(len(sequences))])
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_frozen_weights_equal_brute_force_on_hard_text(text: list[int]) -> None:
+    check_frozen([text, text[7:30], text[::-1]], [0.25, 0.5, 1.0])
+
+
+@settings(max_examples=120, deadline=None)
+@given(events)
+def test_interleaved_live_counts_equal_brute_force(pairs: list[tuple[int, int]]) -> None:
+    index = _native.SuffixIndexSet()
+    sequences: Sequences = [[START] for _ in range(3)]
+    for uid in range(3):
+        index.begin(uid, "p")
+    for which, token in pairs:
+        extend(index, [which], [[token]])
+        sequences[which].append(token)
+    for context in contexts(sequences):
+        got = dict(index.follow_weights("p", list(context), True))
+        assert got == followers(sequences, [1.0] * 3, list(context))
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_live_counts_never_run_ahead(text: list[int]) -> None:
+    """Beyond MAX_CHAIN suffixes the shortest contexts fall behind; whatever is counted did occur."""
+    index = _native.SuffixIndexSet()
+    index.begin(1, "p")
+    extend(index, [1], [text])
+    sequences = [[START, *text]]
+    for context in contexts(sequences):
+        got = dict(index.follow_weights("p", list(context), True))
+        exact = followers(sequences, [1.0], list(context))
+        assert got.keys() == exact.keys()
+        assert all(0 <= got[token] <= exact[token] for token in got)
+
+
+@settings(max_examples=120, deadline=None)
+@given(histories, events)
+def test_cursors_find_the_longest_match_across_clones(history: Sequences, pairs: list[tuple[int, int]]) -> None:
+    """With one candidate a tier, a draft continues the longest context that was ever continued, by its heaviest
+    follower, at w(sc) / (w(s) + escape)."""
+    index = _native.SuffixIndexSet(min_match=1, max_candidates=1, escape=ESCAPE)
+    publish(index, "p", history, [1.0] * len(history))
+    frozen = [[START, *tokens] for tokens in history]
+    live: Sequences = [[START] for _ in range(3)]
+    for uid in range(3):
+        index.begin(uid, "p")
+    for which, token in pairs:
+        extend(index, [which], [[token]])
+        live[which].append(token)
+        drafts = Drafts(index, [0, 1, 2], limit=1)
+        for row in range(3):
+            check_draft(drafts, row, frozen, live)
+
+
+def check_draft(drafts: Drafts, row: int, frozen: Sequences, live: Sequences) -> None:
+    best: dict[str, tuple[float, int, set[int]]] = {}
+    for name, tier, own in (("history", frozen, 0.0), ("live", live, 1.0)):
+        weights = [1.0] * len(tier)
+        text = live[row]
+        for n in range(len(text), 0, -1):
+            found = followers(tier, weights, text[len(text) - n :])
+            if found:
+                top = max(found.values())
+                total = max(occurrences(tier, weights, text[len(text) - n :]) - own, top)
+                best[name] = (top / (total + ESCAPE), n, {token for token in found if found[token] == top})
+                break
+    if not best:
+        assert drafts.tokens[row] == []
+        return
+    name = max(sorted(best, reverse=True), key=lambda tier: best[tier][0])
+    prob, match_len, tokens = best[name]
+    assert drafts.probs[row][0] == pytest.approx(prob)
+    assert (drafts.source[row] == "history") == (name == "history")
+    assert drafts.match_len[row] == match_len
+    assert drafts.tokens[row][0] in tokens
+
+
+def test_one_symbol_of_150k_stays_linear() -> None:
+    count = 150_000
+    index = _native.SuffixIndexSet()
+    publish(index, "p", [[5] * count], [1.0])
+    assert dict(index.follow_weights("p", [5, 5], False)) == {5: count - 2}
+    index.begin(1, "p")
+    extend(index, [1], [[5] * count])
+    assert Drafts(index, [1], limit=8).tokens == [[5] * 8]
+    stats = index.stats()
+    assert (stats["frozen_tokens"], stats["live_tokens"]) == (count, count)
+    # Runs of the symbol exist with and without the start before them: two states of 32 bytes a token, and slack.
+    assert stats["frozen_bytes"] + stats["live_bytes"] < 80 * 2 * count
+
+
+def test_many_branches_are_found_again() -> None:
+    """Enough followers of one token for the scanned, the hashed and the grown edge table."""
+    index = _native.SuffixIndexSet(min_match=1)
+    text = [token for i in range(1, 3000) for token in (0, i)]
+    publish(index, "p", [text], [1.0])
+    index.begin(1, "p")
+    extend(index, [1], [text])
+    for live in (False, True):
+        assert dict(index.follow_weights("p", [0], live)) == dict.fromkeys(range(1, 3000), 1.0)
+        assert dict(index.follow_weights("p", [0, 777], live)) == {0: 1.0}
+        assert index.follow_weights("p", [0, 3001], live) == []
+
+
+def test_the_tier_that_promises_more_drafts() -> None:
+    index = _native.SuffixIndexSet()
+    publish(index, "p", [[1, 2, 3, 4, 5, 6]] * 4, [1.0] * 4)
+    for uid in (1, 2):
+        index.begin(uid, "p")
+    assert Drafts(index, [1], limit=4).tokens == [[1, 2, 3, 4]]
+    extend(index, [1, 2], [[7, 8, 9, 1, 2], [7, 8]])
+    drafts = Drafts(index, [1, 2], limit=8)
+    assert drafts.tokens == [[3, 4, 5, 6], [9, 1, 2]]
+    assert drafts.source == ["history", "sibling"]
+    assert drafts.probs[0] == sorted(drafts.probs[0], reverse=True)
+    cut = Drafts(index, [1], limit=8, min_prob=drafts.probs[0][1] * 0.999)
+    assert cut.tokens == [[3, 4]]
+
+
+def test_drafts_depend_on_neither_the_row_nor_the_rest_of_the_batch() -> None:
+    rng = np.random.default_rng(4)
+    history = [rng.integers(0, 5, 200).tolist() for _ in range(4)]
+    indexes = [_native.SuffixIndexSet() for _ in range(2)]
+    texts = [rng.integers(0, 5, 50).tolist() for _ in range(6)]
+    for index in indexes:
+        publish(index, "p", history, [1.0] * 4)
+        for uid in range(6):
+            index.begin(uid, f"{'p' if uid else 'q'}")
+    for at in range(50):
+        extend(indexes[0], list(range(6)), [[text[at]] for text in texts])
+        for uid in reversed(range(6)):
+            extend(indexes[1], [uid], [[texts[uid][at]]])
+        together = Drafts(indexes[0], list(range(6)), limit=6)
+        for uid in range(6):
+            alone = Drafts(indexes[1], [uid], limit=6)
+            assert alone.probs[0] == together.probs[uid]
+            assert alone.match_len[0] == together.match_len[uid]
+
+
+def test_errors_are_typed_and_change_nothing() -> None:
+    index = _native.SuffixIndexSet()
+    publish(index, "p", [[1, 2, 3]], [1.0])
+    for uid in (1, 2):
+        index.begin(uid, "p")
+    extend(index, [1, 2], [[1], [1]])
+    before = (Drafts(index, [1, 2], limit=4).tokens, index.stats())
+    with pytest.raises(ValueError, match="token -3 is negative"):
+        extend(index, [1, 2], [[2], [-3]])
+    with pytest.raises(_native.UnknownUidError, match="uid 9 is not open"):
+        extend(index, [1, 9], [[2], [2]])
+    with pytest.raises(ValueError, match="uid 2 is in the batch twice"):
+        extend(index, [1, 2, 2], [[2], [2], [2]])
+    with pytest.raises(KeyError, match="uid 9"):
+        Drafts(index, [1, 9], limit=4)
+    with pytest.raises(KeyError, match="uid 9"):
+        index.end(9)
+    with pytest.raises(ValueError, match="uid 1 is open already"):
+        index.begin(1, "other")
+    with pytest.raises(ValueError, match="offsets"):
+        index.extend(np.array([1]), np.array([2], np.int32), np.array([0, 2]))
+    with pytest.raises(ValueError, match="negative"):
+        publish(index, "p", [[4, -1]], [1.0])
+    with pytest.raises(ValueError, match="weights"):
+        publish(index, "p", [[4]], [0.0])
+    with pytest.raises(ValueError, match="min_match"):
+        _native.SuffixIndexSet(min_match=0)
+    assert (Drafts(index, [1, 2], limit=4).tokens, index.stats()) == before
+
+
+def test_a_closed_index_refuses() -> None:
+    index = _native.SuffixIndexSet()
+    index.begin(1, "p")
+    Drafts(index, [1], limit=2)
+    index.close()
+    for call in (
+        lambda: index.begin(2, "p"),
+        lambda: index.end(1),
+        lambda: extend(index, [1], [[2]]),
+        lambda: Drafts(index, [1], limit=2),
+        lambda: publish(index, "p", [[2]], [1.0]),
+    ):
+        with pytest.raises(_native.ClosedIndexError, match="closed"):
+            call()
+
+
+def test_a_request_keeps_the_tier_it_began_with() -> None:
+    index = _native.SuffixIndexSet()
+    publish(index, "p", [[1, 2, 3]] * 3, [1.0] * 3)
+    index.begin(1, "p")
+    rng = np.random.default_rng(0)
+    noise = rng.integers(10, 20, 200_000).tolist()
+    values, offsets = arrays([[4, 5, 6]] * 9 + [noise])
+    index.publish("p", values, offsets, np.ones(10, np.float32))
+    while_building = Drafts(index, [1], limit=3).tokens
+    index.begin(2, "p")  # waits for the rebuild of its prompt
+    assert Drafts(index, [1, 2], limit=3).tokens == [*while_building, [4, 5, 6]]
+    assert while_building == [[1, 2, 3]]
+
+
+def test_readers_run_while_prompts_are_rebuilt() -> None:
+    """Requests that stay open across many rebuilds draft exactly what they drafted before."""
+    index = _native.SuffixIndexSet()
+    rng = np.random.default_rng(1)
+    history = [rng.integers(0, 4, 400).tolist() for _ in range(3)]
+    publish(index, "p", history, [1.0] * 3)
+    uids = list(range(8))
+    for uid in uids:
+        index.begin(uid, "p")
+    extend(index, uids, [rng.integers(0, 4, 30).tolist() for _ in uids])
+    before = Drafts(index, uids, limit=8).tokens
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def rebuild() -> None:
+        try:
+            while not stop.is_set():
+                publish(index, "p", [rng.integers(0, 4, 3000).tolist()], [1.0])
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=rebuild)
+    thread.start()
+    try:
+        for i in range(300):
+            assert Drafts(index, uids, limit=8).tokens == before
+            index.begin(100 + i, "p")
+            extend(index, [100 + i], [[1, 2, 3]])
+            index.end(100 + i)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+    assert index.stats()["open_requests"] == len(uids)
+
+
+def test_least_recently_begun_prompts_are_dropped_and_come_back() -> None:
+    history = HistoryLog(window_epochs=4)
+    history.add(HistoryRecord(name, 1, i, np.arange(100, dtype=np.int32)) for i, name in enumerate("abc"))
+    indexes = NativeSuffixIndexes(history, min_match=2, decay=0.9, escape=0.5, max_index_tokens=250)
+    none = np.zeros(0, np.int32)
+    indexes.begin(1, "a", none)
+    for uid, name in ((2, "b"), (3, "c")):
+        indexes.begin(uid, name, none)
+        indexes.end(uid, finished=True)
+    indexes.begin(4, "a", none)
+    assert indexes.follow_weights("a", [5]) == {6: 1.0}
+    assert indexes.follow_weights("b", [5]) == {}
+    assert indexes.follow_weights("c", [5]) == {6: 1.0}
+    indexes.begin(5, "b", none)
+    assert indexes.follow_weights("b", [5]) == {6: 1.0}
+    assert indexes.follow_weights("c", [5]) == {}
+
+
+def test_visits_fade_exactly_in_the_frozen_tier() -> None:
+    history = HistoryLog(window_epochs=3)
+    indexes = NativeSuffixIndexes(history, min_match=2, decay=0.5, escape=0.5, max_index_tokens=10**6)
+    indexes.begin(1, "p", np.array([5, 1], np.int32))
+    for step in (1, 2, 3, 4):
+        records = [HistoryRecord("p", step, step, np.array([5, step], np.int32))]
+        history.add(records)
+        indexes.publish(records)
+    # The prompt weighs as much as a visit just before the window: decay**3.
+    assert indexes.follow_weights("p", [5]) == {1: 0.125, 2: 0.25, 3: 0.5, 4: 1.0}
