@@ -149,7 +149,7 @@ class BudgetConfig(Strict):
     name: Literal["off", "fixed", "tail"] = "tail"
     num_draft_tokens: NonNegativeInt = Field(8, description="fixed: draft tokens of every request.")
     knee_tokens: PositiveFloat = Field(
-        48.0, description="tail: tokens whose cost equals the fixed cost of a pass; about 300 for a 7B on an H100."
+        32.0, description="tail: tokens whose cost equals the fixed cost of a pass; about 300 for a 7B on an H100."
     )
 
 

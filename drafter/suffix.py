@@ -62,7 +62,7 @@ class SuffixDrafter:
         window_epochs: int = 16,
         min_match: int = 2,
         decay: float = 0.9,
-        escape: float = 0.5,
+        escape: float = 1.0,
         index: IndexChoice = "auto",
         max_index_tokens: int = 64_000_000,
     ) -> None:

@@ -17,6 +17,7 @@ import pytest
 SMALL = [
     "experiment=quickstart_short",
     "algo.num_steps=4",
+    "data.task.num_train=8",
     "checkpoint.every_steps=1",
     "tracking=disabled",
     "proof.every_steps=0",

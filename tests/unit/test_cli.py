@@ -54,7 +54,7 @@ def saved(job: Job) -> dict[str, Any]:
 
 def test_a_dry_run_prints_the_plan_and_touches_nothing(capsys: Output, empty_folder: Path) -> None:
     assert main(["train", "experiment=quickstart", "--dry-run", "algo.num_steps=8"]) == 0
-    assert "8 steps = 64 prompts = 512 samples" in capsys.readouterr().out
+    assert "8 steps = 32 prompts = 256 samples" in capsys.readouterr().out
     assert list(empty_folder.iterdir()) == []
 
 
@@ -117,7 +117,7 @@ def test_version_and_config_are_printed(capsys: Output) -> None:
     assert main(["train", "experiment=quickstart_short", "--print-config", "run.name=x"]) == 0
     text = capsys.readouterr().out
     assert "experiment_name: quickstart_short\n" in text
-    assert "  num_steps: 15\n" in text
+    assert "  num_steps: 20\n" in text
 
 
 def test_ctrl_c_is_one_line_and_130(more_benches: Path, capsys: Output) -> None:

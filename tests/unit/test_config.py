@@ -113,7 +113,7 @@ def test_every_key_can_be_described() -> None:
         (["engine.extra_args.foo=[1,a]"], "engine.extra_args", {"foo": [1, "a"]}),
         (["sampling={max_new_tokens: 7}"], "sampling.max_new_tokens", 7),
         (["experiment=quickstart", "experiment=null"], "experiment_name", "custom"),
-        (["experiment=quickstart_short"], "data.task.num_train", 24),
+        (["experiment=quickstart_short"], "data.task.num_train", 16),
         (["experiment=quickstart_short", "algo.num_steps=2"], "algo.num_steps", 2),
         (["model.path=~/m"], "model.path", str(Path.home() / "m")),
         (["cluster=existing"], "cluster.address", "auto"),

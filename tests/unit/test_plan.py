@@ -109,8 +109,8 @@ def test_actors_speculation_and_places(model: Path) -> None:
     assert "3 x rollout worker" in text
     assert "1 x learner" in text
     assert "suffix, at most 32 tokens" in text
-    assert "7 steps replayed with drafting off: 9, 22, 35" in text
-    assert "/tmp/runs/x/checkpoints, every 16 steps and at the end, the last 2 kept" in text
+    assert "14 steps replayed with drafting off: 17, 30, 43" in text
+    assert "/tmp/runs/x/checkpoints, every 32 steps and at the end, the last 2 kept" in text
     off = format_plan(make_plan(settings_of(model, "drafter=off", "budget=fixed")))
     assert "drafter  off" in off
     assert "no replays" in off
