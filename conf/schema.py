@@ -158,6 +158,10 @@ class ClusterConfig(Strict):
 
     address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
+    routing: Literal["sample", "group"] = Field(
+        "sample",
+        description="sample: a group's samples share the workers; group: they stay together, its prompt is prefilled once.",
+    )
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")

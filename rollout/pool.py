@@ -2,8 +2,7 @@
 
 Invariants
 - Every request handed to `generate` comes back exactly once, or PoolError says which worker failed.
-- A group stays on one worker (its prompt is prefilled once, its siblings draft from each other); groups are dealt
-  longest predicted first to the least loaded worker.
+- Requests are dealt longest predicted first to the least loaded worker; where they run changes no token.
 - Every wait has a deadline, and the error names who was waited for.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -21,6 +20,8 @@ from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
+
+Routing = Literal["sample", "group"]
 
 
 class PoolError(EngineError):
@@ -40,23 +41,26 @@ class PoolResult:
     busy_s: list[float]
 
 
-def assign_groups(requests: Sequence[Request], predicted: Mapping[str, float], num_workers: int) -> list[list[Request]]:
-    """Deals whole groups to workers: longest predicted first, each to the worker with the least predicted tokens.
+def assign_requests(
+    requests: Sequence[Request], predicted: Mapping[str, float], num_workers: int, routing: Routing
+) -> list[list[Request]]:
+    """Deals requests to workers: longest predicted first, each to the worker with the least predicted tokens.
 
-    predicted: expected response tokens per prompt_id; unknown prompts count as the mean of the known ones. Pure and
-    deterministic. Returns one list per worker, its groups longest first.
+    routing: `sample` deals single requests, so that a long prompt's samples share the workers evenly; `group` keeps a
+    group together, so that its prompt is prefilled once and all its siblings draft from each other. predicted: expected
+    response tokens per prompt_id; unknown prompts count as the mean of the known ones. Pure and deterministic.
     """
-    groups: dict[int, list[Request]] = defaultdict(list)
-    for request in requests:
-        groups[request.group].append(request)
+    units: dict[int, list[Request]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        units[request.group if routing == "group" else i].append(request)
     fallback = sum(predicted.values()) / len(predicted) if predicted else 1.0
-    ranked = sorted(groups.values(), key=lambda group: -predicted.get(group[0].prompt_id, fallback))
+    ranked = sorted(units.values(), key=lambda unit: -predicted.get(unit[0].prompt_id, fallback))
     dealt: list[list[Request]] = [[] for _ in range(num_workers)]
     load = [0.0] * num_workers
-    for group in ranked:
+    for unit in ranked:
         worker = min(range(num_workers), key=load.__getitem__)
-        dealt[worker] += group
-        load[worker] += predicted.get(group[0].prompt_id, fallback) * len(group)
+        dealt[worker] += unit
+        load[worker] += predicted.get(unit[0].prompt_id, fallback) * len(unit)
     return dealt
 
 
@@ -79,7 +83,10 @@ def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: fl
 class RolloutPool:
     """`num_workers` Ray actors with the same spec."""
 
-    def __init__(self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float) -> None:
+    def __init__(
+        self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float, routing: Routing = "sample"
+    ) -> None:
+        self._routing = routing
         # Any: the actor handle's methods exist only at run time.
         actor: Any = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus)
         self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
@@ -97,7 +104,7 @@ class RolloutPool:
         speculate: bool = True,
     ) -> PoolResult:
         """Runs the requests to their end on all workers."""
-        dealt = assign_groups(requests, predicted, len(self._workers))
+        dealt = assign_requests(requests, predicted, len(self._workers), self._routing)
         refs = [
             worker.generate.remote(share, speculate, timeout_s)
             for worker, share in zip(self._workers, dealt, strict=True)

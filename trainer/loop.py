@@ -161,7 +161,9 @@ class TrainLoop:
         cluster, deadline = self.settings.cluster, self.settings.cluster.start_timeout_s
         longest = max(len(prompt.tokens) for prompt in self.prompts.train)
         spec = worker_spec(self.settings, self._model_path, longest)
-        self._pool = RolloutPool(spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+        self._pool = RolloutPool(
+            spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.routing
+        )
         options = {"num_cpus": cluster.cpus_for_learner, "num_gpus": cluster.gpus_for_learner}
         actor: Any = ray.remote(PolicyLearner).options(**options)
         self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
