@@ -160,7 +160,7 @@ class ClusterConfig(Strict):
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
     routing: Literal["sample", "group"] = Field(
         "sample",
-        description="sample: a group's samples share the workers; group: they stay together, its prompt is prefilled once.",
+        description="sample: a group's samples share the workers; group: they stay together and share one prefill.",
     )
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
