@@ -3,22 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 
+#include "arrays.h"
 #include "attention.h"
 #include "philox.h"
 #include "sampler.h"
 
 namespace py = pybind11;
 using namespace slipstream;
-
-template <typename T>
-using In = py::array_t<T, py::array::c_style>;
-
-static void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 
 static CacheShape cache_shape(const In<float>& keys, const In<float>& values) {
   require(keys.ndim() == 5 && keys.shape(4) == kLanes && values.ndim() == 4,

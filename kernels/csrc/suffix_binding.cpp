@@ -3,17 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "arrays.h"
 #include "suffix_set.h"
 
 namespace py = pybind11;
 using namespace slipstream;
-
-template <typename T>
-using In = py::array_t<T, py::array::c_style>;
-
-static void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
 
 static Corpus make_corpus(const In<int32_t>& values, const In<int64_t>& offsets, const In<float>& weights,
                           size_t num_plain) {

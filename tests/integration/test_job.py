@@ -129,13 +129,13 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
 def test_a_bad_reward_function_costs_its_samples_only(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(
         "def score(data_source, solution_str, ground_truth, extra_info=None):\n"
-        "    n = len(solution_str)\n"
+        "    n = sum(map(ord, solution_str))\n"
         "    if n % 3 == 0:\n"
         "        raise RuntimeError('no such luck')\n"
         "    return float('nan') if n % 3 == 1 else 1.0 / n\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    reward = ["reward.rule=custom", "reward.function=my_rewards.score", "data.max_prompt_tokens=40"]
+    reward = ["reward.rule=custom", "reward.function=my_rewards.score", "data.max_prompt_tokens=50"]
     done = subprocess.run(
         command("train", *SMALL, "run.name=bad", "algo.num_steps=2", *reward),
         cwd=tmp_path,
@@ -150,7 +150,7 @@ def test_a_bad_reward_function_costs_its_samples_only(tmp_path: Path) -> None:
     assert "no such luck" in done.stderr
     assert re.search(r"train: \d+ rows left out", done.stderr), "prompts that are too long are counted"
     metrics = jsonl(tmp_path / "runs" / "bad" / "metrics.jsonl")
-    assert 0 < sum(record["das/samples_left_out"] for record in metrics) < 64
+    assert all(0 < record["das/samples_left_out"] < 32 for record in metrics)
     assert any(record["reward"] is None for record in jsonl(tmp_path / "runs" / "bad" / "rollouts.jsonl"))
 
 
