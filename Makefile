@@ -15,7 +15,7 @@ BUILD_FILES := pyproject.toml setup.py $(wildcard kernels/csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: train train-short test test-slow test-gpu sanitize lint typecheck format install clean
+.PHONY: train train-short test test-slow test-gpu fuzz sanitize lint typecheck format install clean
 .DELETE_ON_ERROR:
 
 train: $(STAMP)
@@ -32,6 +32,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Damages token logs for half a minute; longer: make fuzz ARGS="--seconds 600 --seed 7"
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/fuzz_token_log.py --seconds 30 $(ARGS)
 
 # The native index alone, without Python: memory errors and undefined behaviour first, then data races.
 sanitize:

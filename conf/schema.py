@@ -139,8 +139,21 @@ class DrafterConfig(Strict):
 
     name: Literal["off", "suffix", "ngram"] = "suffix"
     window_epochs: PositiveInt = Field(16, description="Rollouts of a prompt older than this many of its visits fade.")
-    min_match: PositiveInt = Field(2, description="Shortest context suffix worth continuing.")
+    min_match: PositiveInt = Field(1, description="Shortest context suffix worth continuing.")
     max_draft_tokens: PositiveInt = Field(32, description="Widest draft of one request in one step.")
+    index: Literal["auto", "native", "reference"] = Field(
+        "auto", description="suffix: auto takes the native index where it is built; reference: plain Python."
+    )
+    decay: float = Field(0.95, gt=0, le=1, description="suffix: weight of a visit relative to the next newer one.")
+    escape: NonNegativeFloat = Field(0.5, description="suffix: weight, in newest occurrences, of what was never seen.")
+    max_index_tokens: PositiveInt = Field(
+        64_000_000, description="suffix: tokens indexed over all prompts; the least recently used go first."
+    )
+    shared_tokens: NonNegativeInt = Field(
+        4_000_000, description="suffix: newest tokens of all prompts, for prompts that know little; 0: none."
+    )
+    index_threads: PositiveInt = Field(1, description="suffix: threads of the native index in batches of 512 and more.")
+    share_index: bool = Field(True, description="suffix: one worker of a node builds the index, the others map it.")
 
 
 class BudgetConfig(Strict):

@@ -15,9 +15,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-SOURCE_NAMES = ("none", "self", "sibling", "history", "prompt")
-"""Where a draft came from; `DraftBatch.source` holds indices into this tuple."""
-SOURCE_NONE, SOURCE_SELF, SOURCE_SIBLING, SOURCE_HISTORY, SOURCE_PROMPT = range(len(SOURCE_NAMES))
+SOURCE_NAMES = ("none", "self", "sibling", "history", "prompt", "shared")
+"""Where a draft came from; `DraftBatch.source` holds indices into this tuple. `shared` is the text of other prompts."""
+SOURCE_NONE, SOURCE_SELF, SOURCE_SIBLING, SOURCE_HISTORY, SOURCE_PROMPT, SOURCE_SHARED = range(len(SOURCE_NAMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +64,40 @@ class Price:
     max_draft: [B] int32, the most draft tokens for each row (0: do not draft).
     min_accept_prob: [B] float32, a draft token whose probability of being accepted is estimated below this is
         not worth verifying. Drafters that estimate no probability ignore it.
+    branching: [B] int32, most children of a node of the draft: 1 asks for a chain, more for a tree, None for chains
+        everywhere. A drafter that knows no trees drafts a chain.
     """
 
     max_draft: np.ndarray
     min_accept_prob: np.ndarray
+    branching: np.ndarray | None = None
 
 
 @dataclass(slots=True)
 class DraftBatch:
     """Caller-owned output buffers of `Drafter.propose`; a drafter fills them and never replaces them.
 
-    tokens: [rows, width] int32, row i holds count[i] draft tokens.
+    Of row i, the first count[i] places of the two-dimensional buffers are the draft; the others are scratch.
+
+    tokens: [rows, width] int32.
     count: [rows] int32, how many draft tokens each row got; at most Price.max_draft[i] and width.
-    source: [rows] int8, index into SOURCE_NAMES.
+    source: [rows] int8, index into SOURCE_NAMES, of the first draft token.
+    age: [rows] int32, visits since the source was sampled, for source "history" (1: the visit before this one).
     match_len: [rows] int32, length of the context suffix that the draft continues.
+    probs: [rows, width] float32, estimated probability that this token and all on the path to it are accepted; 1 from
+        drafters that estimate none.
+    cells: [rows, width] int16, the calibration cell of each token (see drafter/calibration.py), -1 without one.
+    parents: [rows, width] int16, index of the token before each in the same row; -1 is the request's last token.
     """
 
     tokens: np.ndarray
     count: np.ndarray
     source: np.ndarray
+    age: np.ndarray
     match_len: np.ndarray
+    probs: np.ndarray
+    cells: np.ndarray
+    parents: np.ndarray
 
     @classmethod
     def empty(cls, rows: int, width: int) -> DraftBatch:
@@ -92,13 +106,18 @@ class DraftBatch:
             tokens=np.zeros((rows, width), np.int32),
             count=np.zeros(rows, np.int32),
             source=np.zeros(rows, np.int8),
+            age=np.zeros(rows, np.int32),
             match_len=np.zeros(rows, np.int32),
+            probs=np.ones((rows, width), np.float32),
+            cells=np.full((rows, width), -1, np.int16),
+            parents=np.tile(np.arange(-1, width - 1, dtype=np.int16), (rows, 1)),
         )
 
     def clear(self, rows: int) -> None:
         """Marks the first `rows` rows as having no draft."""
         self.count[:rows] = 0
         self.source[:rows] = SOURCE_NONE
+        self.age[:rows] = 0
         self.match_len[:rows] = 0
 
 
@@ -107,13 +126,16 @@ class HistoryRecord:
     """One finished rollout as the drafter keeps it.
 
     prompt_id: stable name of the prompt; step: the training step that sampled it; uid: the request's; tokens: [n]
-    int32 response.
+    int32 response; reward: its score, NaN where it has none; version: of the policy that sampled the last token, -1
+    where it is not known.
     """
 
     prompt_id: str
     step: int
     uid: int
     tokens: np.ndarray = field(repr=False)
+    reward: float = float("nan")
+    version: int = -1
 
 
 @runtime_checkable
@@ -133,6 +155,9 @@ class Drafter(Protocol):
 
     def end(self, uid: int, finished: bool) -> None:
         """Closes a request. `finished`: it ended by itself; False when it was aborted."""
+
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        """[NUM_CELLS] float32: what was measured of every calibration cell; drafters without cells ignore it."""
 
     def publish(self, step: int, records: list[HistoryRecord]) -> None:
         """Step boundary: rolls the window; `records` are all finished rollouts of the step, from every worker."""

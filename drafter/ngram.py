@@ -88,5 +88,8 @@ class NgramDrafter:
         """Closes a request and forgets it."""
         del self._open[uid]
 
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        """Estimates no probability."""
+
     def publish(self, step: int, records: list[HistoryRecord]) -> None:
         """Keeps no history."""

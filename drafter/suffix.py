@@ -2,7 +2,8 @@
 
 Invariants
 - A request drafts from its prompt's windowed history, from the prompt itself, from every sibling in flight as its
-  tokens are accepted, and from its own text; never from another prompt.
+  tokens are accepted, and from its own text. Only where these promise little it drafts from other prompts' rollouts
+  (`shared_tokens`; ours: the paper keeps to one prompt and starts cold).
 - Occurrences of older visits fade geometrically, by `decay` per visit (the paper asks for a "mild" down-weight without
   a formula; the rule and its default are ours).
 - The history log is the only state: indexes are made from it and may be dropped at any time.
@@ -16,6 +17,7 @@ import numpy as np
 
 from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.history import HistoryLog
+from slipstream.drafter.shared_folder import SharedFolder
 from slipstream.drafter.suffix_native import NativeSuffixIndexes
 from slipstream.drafter.suffix_plain import PlainSuffixIndexes
 from slipstream.kernels.dispatch import NATIVE_ERROR
@@ -39,6 +41,12 @@ class SuffixIndexes(Protocol):
     def end(self, uid: int, finished: bool) -> None:
         """See Drafter.end."""
 
+    def share(self, folder: SharedFolder) -> None:
+        """See SuffixDrafter.share."""
+
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        """See Drafter.calibrate."""
+
     def publish(self, records: list[HistoryRecord]) -> None:
         """The history has taken `records` in: make the indexes follow."""
 
@@ -52,7 +60,9 @@ class SuffixDrafter:
     min_match: tokens of context that must match. decay: weight of a visit relative to the next newer one. escape:
     weight, in newest occurrences, of "something never seen here". index: `native` needs the extension (KernelError
     without it), `reference` is plain Python, `auto` takes native when it is built; `index_name` and `index_reason` tell
-    which and why. max_index_tokens: cap over all prompts of the native index.
+    which and why. The rest is of the native index alone. max_index_tokens: cap over all prompts; shared_tokens: of the
+    newest rollouts of all prompts together, 0 keeps every prompt to itself; num_threads: for batches of 512 and more;
+    folder: where the workers of a node share what one of them builds.
     """
 
     name = "suffix"
@@ -60,11 +70,14 @@ class SuffixDrafter:
     def __init__(
         self,
         window_epochs: int = 16,
-        min_match: int = 2,
-        decay: float = 0.9,
-        escape: float = 1.0,
+        min_match: int = 1,
+        decay: float = 0.95,
+        escape: float = 0.5,
         index: IndexChoice = "auto",
         max_index_tokens: int = 64_000_000,
+        shared_tokens: int = 4_000_000,
+        num_threads: int = 1,
+        folder: SharedFolder | None = None,
     ) -> None:
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay is {decay}; allowed: above 0 and at most 1")
@@ -75,7 +88,9 @@ class SuffixDrafter:
         self.index_name = "reference" if index == "reference" or (index == "auto" and NATIVE_ERROR) else "native"
         self._indexes: SuffixIndexes
         if self.index_name == "native":
-            self._indexes = NativeSuffixIndexes(self.history, min_match, decay, escape, max_index_tokens)
+            self._indexes = NativeSuffixIndexes(
+                self.history, min_match, decay, escape, max_index_tokens, shared_tokens, num_threads, folder
+            )
         else:
             self._indexes = PlainSuffixIndexes(self.history, min_match, decay, escape)
 
@@ -94,6 +109,14 @@ class SuffixDrafter:
     def end(self, uid: int, finished: bool) -> None:
         """Closes a request; what it generated stays visible to its siblings."""
         self._indexes.end(uid, finished)
+
+    def share(self, folder: SharedFolder) -> None:
+        """Builds for the workers of this node, or maps what their builder builds: before the first request."""
+        self._indexes.share(folder)
+
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        """From now on the probability of a calibration cell is what was measured of it. [NUM_CELLS] float32."""
+        self._indexes.calibrate(probabilities)
 
     def publish(self, step: int, records: list[HistoryRecord]) -> None:
         """Rolls the window: this step's rollouts join, from every worker, and old visits leave."""

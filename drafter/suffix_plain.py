@@ -25,6 +25,7 @@ from slipstream.drafter.base import (
     Ragged,
 )
 from slipstream.drafter.history import HistoryLog
+from slipstream.drafter.shared_folder import SharedFolder
 from slipstream.kernels.suffix_index import SuffixIndex
 
 START = -1
@@ -84,6 +85,7 @@ class PlainSuffixIndexes:
             out.count[row] = count
             out.match_len[row] = draft.match_len
             out.source[row] = self._source(prompt, held, draft.sequence)
+            out.probs[row, :count] = draft.path_probs
 
     def extend(self, batch: LiveBatch, accepted: Ragged) -> None:
         """Siblings see accepted tokens from the next step on."""
@@ -99,6 +101,12 @@ class PlainSuffixIndexes:
         del self._open[uid]
         if finished:
             self._inserted.add(uid)
+
+    def share(self, folder: SharedFolder) -> None:
+        """The plain index is built by every worker for itself."""
+
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        """The plain index keeps to its own estimate."""
 
     def publish(self, records: list[HistoryRecord]) -> None:
         """Rolls the window: rollouts of other workers join, indexes that hold too much of the past are dropped and

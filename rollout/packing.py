@@ -25,7 +25,7 @@ class StepPlan:
     live_slots: [B'] slots with at least one token in the pass. chunk_slots, chunk_sizes: prompt chunks that do not
     reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets: [R' + 1] int64 into the
     sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows: [R padded] int64, the
-    packed index of each sampled row. draft_counts, draft_sources: [R'].
+    packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts, draft_sources: [R'].
     """
 
     token_ids: np.ndarray
@@ -38,6 +38,7 @@ class StepPlan:
     row_offsets: np.ndarray
     row_drafts: np.ndarray
     logit_rows: np.ndarray
+    draft_rows: np.ndarray
     draft_counts: np.ndarray
     draft_sources: np.ndarray
     num_prefill_tokens: int
@@ -108,6 +109,7 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
         row_offsets=row_offsets,
         row_drafts=row_drafts,
         logit_rows=np.concatenate([logit_rows, np.zeros(-len(logit_rows) % ROW_MULTIPLE, np.int64)]),
+        draft_rows=sampling,
         draft_counts=counts[sampling],
         draft_sources=drafts.source[sampling],
         num_prefill_tokens=int(take[~decoding].sum()),

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
@@ -34,11 +35,13 @@ class PoolTimeout(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """Rollouts in the order of the requests, the engine totals of each worker and its busy seconds."""
+    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it observed
+    of its drafts."""
 
     rollouts: list[Rollout]
     stats: list[EngineStats]
     busy_s: list[float]
+    acceptance: list[AcceptanceModel]
 
 
 def assign_requests(
@@ -96,6 +99,28 @@ class RolloutPool:
         """Waits until every worker has loaded its model; what each reports about itself."""
         return wait_for([w.ready.remote() for w in self._workers], self._names, "start", timeout_s)
 
+    def share_indexes(self, timeout_s: float) -> int:
+        """On every node with several workers, one builds the drafter's index and the others map it: before the first
+        request. Returns how many workers map."""
+        node_of = wait_for([w.node_id.remote() for w in self._workers], self._names, "sharing the index", timeout_s)
+        num_readers = 0
+        for node in dict.fromkeys(node_of):
+            builder, *readers = [i for i, other in enumerate(node_of) if other == node]
+            if not readers:
+                continue
+            opened = self._workers[builder].open_shared_folder.remote()
+            path = wait_for([opened], [self._names[builder]], "sharing the index", timeout_s)[0]
+            if path is None:
+                continue
+            refs = [self._workers[i].join_shared_folder.remote(path) for i in readers]
+            wait_for(refs, [self._names[i] for i in readers], "sharing the index", timeout_s)
+            num_readers += len(readers)
+        return num_readers
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Lets the workers remove what they put into shared memory; one that does not answer in time is left alone."""
+        ray.wait([worker.close.remote() for worker in self._workers], num_returns=len(self._workers), timeout=timeout_s)
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -118,6 +143,7 @@ class RolloutPool:
             [by_uid[request.uid] for request in requests],
             [result.stats for result in results],
             [result.seconds for result in results],
+            [result.acceptance for result in results],
         )
 
     def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
@@ -127,8 +153,13 @@ class RolloutPool:
         if set(served) != {version}:
             raise PoolError(f"weights: workers serve versions {served}, expected {version}")
 
-    def publish(self, step: int, records: list[HistoryRecord], timeout_s: float) -> None:
-        """Ships the step's finished rollouts to every worker once; their drafters roll their windows."""
+    def publish(
+        self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None, timeout_s: float
+    ) -> None:
+        """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
+
+        acceptance: what all workers together have observed of their drafts.
+        """
         shared = ray.put(records)
-        refs = [worker.publish.remote(step, shared) for worker in self._workers]
+        refs = [worker.publish.remote(step, shared, acceptance) for worker in self._workers]
         wait_for(refs, self._names, f"history of step {step}", timeout_s)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, Price, Ragged
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
+from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache, StepPlaces
@@ -29,6 +30,8 @@ from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
 from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.types import FinishReason, Request, Rollout
+
+CALIBRATE_EVERY_STEPS = 32
 
 FINISH_NAMES: dict[int, FinishReason] = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 
@@ -84,6 +87,8 @@ class TorchEngine:
         self._refused: list[Rollout] = []
         self._drafts = DraftBatch.empty(max_live_requests, max_draft_tokens)
         self._stats = EngineStats()
+        self.acceptance = AcceptanceModel()
+        self._steps_to_calibration = CALIBRATE_EVERY_STEPS
         self._parameters = dict(model.state_dict(keep_vars=True))
 
     # ---- the queue
@@ -253,10 +258,28 @@ class TorchEngine:
     def _extend(self, plan: StepPlan, verified: Verified) -> None:
         if self.drafter is None or not len(plan.sampling_slots):
             return
+        self._observe_acceptance(plan, verified)
         offsets = np.zeros(len(verified.count) + 1, np.int64)
         np.cumsum(verified.count, out=offsets[1:])
         taken = np.arange(offsets[-1]) + np.repeat(plan.row_offsets[:-1] - offsets[:-1], verified.count)
         self.drafter.extend(self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets))
+
+    def learn_acceptance(self, acceptance: AcceptanceModel) -> None:
+        """Goes on from what others have observed."""
+        self.acceptance = acceptance
+        if self.drafter is not None:
+            self.drafter.calibrate(acceptance.probabilities())
+
+    def _observe_acceptance(self, plan: StepPlan, verified: Verified) -> None:
+        if self.drafter is None or not plan.draft_counts.any():
+            return
+        rows, accepted = plan.draft_rows, np.maximum(verified.count - 1, 0)
+        drafts, ended = self._drafts, verified.finish != 0
+        self.acceptance.observe(drafts.cells[rows], drafts.probs[rows], plan.draft_counts, accepted, ended)
+        self._steps_to_calibration -= 1
+        if self._steps_to_calibration <= 0:
+            self.drafter.calibrate(self.acceptance.probabilities())
+            self._steps_to_calibration = CALIBRATE_EVERY_STEPS
 
     def _retire(self, plan: StepPlan, finish: np.ndarray) -> list[Rollout]:
         done = []

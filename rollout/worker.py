@@ -6,16 +6,20 @@ it was; the worker holds no state that a checkpoint would need besides the draft
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from slipstream.drafter.base import Drafter, HistoryRecord
 from slipstream.drafter.ngram import NgramDrafter
+from slipstream.drafter.shared_folder import SharedFolder, make_folder
 from slipstream.drafter.suffix import SuffixDrafter
+from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import BudgetPolicy, FixedBudget, OffBudget, TailBudget
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.model_loader import default_device, load_policy
@@ -39,6 +43,7 @@ class WorkerSpec:
     drafter: str
     window_epochs: int
     min_match: int
+    drafter_args: Mapping[str, Any]
     max_draft_tokens: int
     budget: str
     num_draft_tokens: int
@@ -48,17 +53,18 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """What one call of `generate` did; seconds is the worker's wall time."""
+    """What one call of `generate` did. seconds: the worker's wall time; acceptance: what it observed of its drafts."""
 
     rollouts: list[Rollout]
     stats: EngineStats
     seconds: float
+    acceptance: AcceptanceModel
 
 
 def make_drafter(spec: WorkerSpec) -> Drafter | None:
     """The drafter named by the spec."""
     if spec.drafter == "suffix":
-        return SuffixDrafter(spec.window_epochs, spec.min_match)
+        return SuffixDrafter(spec.window_epochs, spec.min_match, **spec.drafter_args)
     return NgramDrafter(spec.min_match) if spec.drafter == "ngram" else None
 
 
@@ -90,6 +96,8 @@ class RolloutWorker:
             kernels=spec.kernels,
             **spec.engine_extra_args,
         )
+        self._folder: Path | None = None
+        self._acceptance_before = self._engine.acceptance.copy()
 
     def ready(self) -> dict[str, Any]:
         """Answers once the model is loaded: which kernels, why, on which device, and the context length."""
@@ -109,14 +117,46 @@ class RolloutWorker:
         started = time.perf_counter()
         engine.submit(requests)
         rollouts = engine.drain(timeout_s)
-        return GenerateResult(rollouts, engine.stats(reset=True), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        observed = engine.acceptance.minus(self._acceptance_before)
+        self._acceptance_before = engine.acceptance.copy()
+        return GenerateResult(rollouts, engine.stats(reset=True), seconds, observed)
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """Replaces the policy in place; returns the version now served."""
         self._engine.update_policy(weights, version)
         return self._engine.policy_version
 
-    def publish(self, step: int, records: list[HistoryRecord]) -> None:
-        """Step boundary: the drafter's window rolls."""
-        if self._drafter is not None:
-            self._drafter.publish(step, records)
+    def publish(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None) -> None:
+        """Step boundary: the drafter's window rolls. acceptance: what all workers together observed so far."""
+        if self._drafter is None:
+            return
+        self._drafter.publish(step, records)
+        if acceptance is not None:
+            # What comes out of the object store is read-only.
+            self._engine.learn_acceptance(acceptance.copy())
+            self._acceptance_before = acceptance
+
+    def node_id(self) -> str:
+        """The Ray node that this actor runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def close(self) -> None:
+        """Removes what this worker has put into shared memory."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def open_shared_folder(self) -> str | None:
+        """Makes this worker the builder of its node; the folder, or None if its drafter has nothing to share."""
+        if not isinstance(self._drafter, SuffixDrafter) or self._drafter.index_name != "native":
+            return None
+        self._folder = folder = make_folder()
+        self._drafter.share(SharedFolder(folder, "builder"))
+        return str(folder)
+
+    def join_shared_folder(self, path: str) -> None:
+        """Maps from now on what the node's builder builds."""
+        if isinstance(self._drafter, SuffixDrafter):
+            self._drafter.share(SharedFolder(Path(path), "reader"))

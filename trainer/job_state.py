@@ -1,33 +1,64 @@
-"""What a checkpoint holds besides the learner's files: position, history, lengths, W&B run.
+"""What a job carries from step to step besides the weights: position, history, lengths, W&B run.
 
-Invariants: plain JSON and safetensors, no pickle; everything that changes a later token is here or is a pure function
-of the settings and the step (uids, noise, prompt order).
+Invariants
+- Plain JSON and the token log, no pickle; everything that changes a later token is here or is a pure function of the
+  settings and the step (uids, noise, prompt order).
+- The rollouts of a step are in the log of the run folder before the step ends. A checkpoint holds the log's position
+  at its step, and the log is on disk up to there before the checkpoint is complete.
+- A resumed job remembers what the checkpoint's job remembered: the log is cut back to the position, and the window is
+  filled from it again. The cut steps are sampled again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
+from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.history import HistoryLog
+from slipstream.drafter.token_log import LogError, LogPosition, TokenLog
+from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.trainer.errors import CheckpointError
 
-STATE_FILE, HISTORY_FILE = "job.json", "history.safetensors"
+STATE_FILE, LOG_FOLDER = "job.json", "history"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class JobState:
-    """step: last finished training step; predicted_lengths: expected response tokens per prompt_id; history: the
-    drafter's memory; wandb_run_id: the run to continue."""
+    """history: the drafter's memory; log: the same on disk, and what fell out of the window since; step: last finished
+    training step; predicted_lengths: expected response tokens per prompt_id; wandb_run_id: the run to continue;
+    acceptance: what was observed of the drafts."""
 
     history: HistoryLog
+    log: TokenLog
     step: int = 0
     predicted_lengths: dict[str, float] = field(default_factory=dict)
     wandb_run_id: str | None = None
+    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+
+    @classmethod
+    def start(cls, run_dir: Path, window_epochs: int) -> JobState:
+        """Step 0 with nothing remembered; a log that lies in the run folder belongs to no checkpoint and goes."""
+        folder = Path(run_dir) / LOG_FOLDER
+        try:
+            return cls(HistoryLog(window_epochs), TokenLog.create(folder))
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+    def remember(self, records: list[HistoryRecord]) -> None:
+        """Takes the rollouts of one step into the window and the log; CheckpointError when they cannot be written."""
+        self.history.add(records)
+        try:
+            self.log.append(records)
+        except OSError as error:
+            raise CheckpointError(f"{self.log.folder} cannot be written: {error.strerror or error}") from error
 
     def observe_lengths(self, prompt_ids: list[str], lengths: np.ndarray) -> None:
         """The newest visit's longest response predicts the next visit's: it decides when the group is done."""
@@ -35,23 +66,65 @@ class JobState:
             mine = [n for name, n in zip(prompt_ids, lengths, strict=True) if name == prompt_id]
             self.predicted_lengths[prompt_id] = float(max(mine))
 
+    def observe_acceptance(self, observed: list[AcceptanceModel]) -> dict[str, float]:
+        """Adds what the workers observed in a step to what fades; the step's own calibration metrics."""
+        of_step = AcceptanceModel()
+        for model in observed:
+            of_step.add(model)
+        self.acceptance.fade()
+        self.acceptance.add(of_step)
+        return of_step.metrics()
+
     def save(self, folder: Path) -> None:
-        """Writes job.json and history.safetensors."""
-        save_file(self.history.to_arrays(), folder / HISTORY_FILE)
+        """Brings the log to disk and writes job.json into a checkpoint's folder."""
+        self.log.sync()
         state = {
             "step": self.step,
             "predicted_lengths": self.predicted_lengths,
             "wandb_run_id": self.wandb_run_id,
+            "log_end": self.log.position,
+            "acceptance": self.acceptance.to_arrays(),
         }
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    @classmethod
-    def load(cls, folder: Path, window_epochs: int) -> JobState:
-        """Reads what `save` wrote; CheckpointError names the file that does not fit."""
-        history = HistoryLog(window_epochs)
+    def drop_forgotten(self) -> None:
+        """Deletes log segments that the window has left behind; a failure costs disk space only: a warning."""
         try:
-            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            history.add(HistoryLog.from_arrays(load_file(folder / HISTORY_FILE)))
-            return cls(history, state["step"], state["predicted_lengths"], state["wandb_run_id"])
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+            self.log.drop_segments(self.history.remembers)
+        except (OSError, LogError) as error:
+            _log.warning("an old part of the drafter's history cannot be removed: %s", error)
+
+    @classmethod
+    def load(cls, checkpoint: Path, run_dir: Path, window_epochs: int) -> JobState:
+        """The state that `save` wrote, with the run's log cut back to it; CheckpointError names what does not fit."""
+        path = checkpoint / STATE_FILE
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            segment, offset = state["log_end"]
+            end = LogPosition(int(segment), int(offset))
+            acceptance = AcceptanceModel.from_arrays(state["acceptance"])
+            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], acceptance
+        except KeyError as error:
+            raise CheckpointError(f"{path} cannot be read: it has no {error}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        history = HistoryLog(window_epochs)
+        log = _open_log(checkpoint, Path(run_dir) / LOG_FOLDER, end)
+        history.add(log.records())
+        return cls(history, log, *rest)
+
+
+def _open_log(checkpoint: Path, folder: Path, end: LogPosition) -> TokenLog:
+    """The log up to `end`. A folder that was emptied on purpose gives an empty log, one that is not there an error."""
+    try:
+        if folder.is_dir() and not any(folder.glob("*.log")):
+            _log.warning("%s holds no log: the drafter starts cold, the samples stay the same", folder)
+            # Earlier checkpoints hold positions of the log that was here: none of them may lie in the new one.
+            return TokenLog.create(folder, first_segment=end.segment + 1)
+        return TokenLog.open(folder, end)
+    except (OSError, LogError) as error:
+        name = shlex.quote(str(folder))
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed: {error}; to carry on with the same samples and a drafter that starts "
+            f"cold: rm -rf {name} && mkdir {name}"
+        ) from error

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from slipstream.conf.schema import Settings
-from slipstream.drafter.history import HistoryLog
 from slipstream.rollout.engine import EngineError
 from slipstream.rollout.types import Request, Rollout, Sampling
 from slipstream.trainer import checkpoint
@@ -86,13 +85,14 @@ def _run_on_ray(
 ) -> int:
     from slipstream.trainer.cluster import ray_cluster
 
-    state = JobState(HistoryLog(settings.drafter.window_epochs))
     found = checkpoint.latest(run_dir) if resume else None
     if found is not None:
-        state = JobState.load(found, settings.drafter.window_epochs)
+        state = JobState.load(found, run_dir, settings.drafter.window_epochs)
         print(f"resume: {found} (step {state.step})")
-    elif resume:
-        print(f"resume: no complete checkpoint in {run_dir}, starting from step 1")
+    else:
+        state = JobState.start(run_dir, settings.drafter.window_epochs)
+        if resume:
+            print(f"resume: no complete checkpoint in {run_dir}, starting from step 1")
     tracker = Tracker(run_dir, settings.model_dump(mode="json"), settings.tracking, state.wandb_run_id)
     state.wandb_run_id = tracker.wandb_run_id
     exit_code = 1
@@ -101,8 +101,11 @@ def _run_on_ray(
             tracker.truncate_after(state.step)
         with ray_cluster(settings.cluster):
             loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state)
-            loop.start(found)
-            loop.run()
+            try:
+                loop.start(found)
+                loop.run()
+            finally:
+                loop.close()
         exit_code = 0
     except KeyboardInterrupt:
         print(
@@ -112,6 +115,7 @@ def _run_on_ray(
         exit_code = INTERRUPTED
     finally:
         tracker.finish(exit_code)
+        state.log.close()
     if exit_code == 0:
         records, _ = read_jsonl(run_dir / "metrics.jsonl")
         print(format_summary(records))
@@ -146,6 +150,7 @@ class TrainLoop:
         )
         self._model_path = model_path
         self._step_seconds: list[float] = []
+        self._pool: Any = None
         self._proof_steps = settings.proof.steps(settings.algo.num_steps)
 
     # ---- start
@@ -170,6 +175,8 @@ class TrainLoop:
         self._wait = wait_for
         facts = self._pool.ready(deadline)[0]
         self._ask(self._learner.ready.remote(), "start", deadline)
+        if self.settings.drafter.name == "suffix" and self.settings.drafter.share_index:
+            self._pool.share_indexes(deadline)
         print(
             f"{self.settings.experiment_name}: {cluster.num_workers} rollout workers on {facts['device']}, "
             f"{facts['kernels']} kernels ({facts['reason']}), ready after {process_age_s():.1f} s"
@@ -179,11 +186,13 @@ class TrainLoop:
         if resumed_from is not None:
             self._ask(self._learner.load.remote(str(resumed_from)), "checkpoint", deadline)
             self._publish_weights()
-            by_step: dict[int, list[Any]] = {}
-            for record in self.state.history:
-                by_step.setdefault(record.step, []).append(record)
-            for step in sorted(by_step):
-                self._pool.publish(step, by_step[step], deadline)
+            records = sorted(self.state.history, key=lambda record: record.step)
+            self._pool.publish(self.state.step, records, self.state.acceptance, deadline)
+
+    def close(self) -> None:
+        """Tidies up what the workers would leave behind."""
+        if self._pool is not None:
+            self._pool.close()
 
     def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
         return self._wait([ref], ["the policy learner"], what, timeout_s)[0]
@@ -221,6 +230,7 @@ class TrainLoop:
         result = self._pool.generate(requests, self.state.predicted_lengths, timeout_s)
         clock.lap("gen")
         metrics = speculation_metrics(result.rollouts, result.stats)
+        metrics |= self.state.observe_acceptance(result.acceptance)
         if step in self._proof_steps:
             metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
             clock.lap("proof")
@@ -235,8 +245,8 @@ class TrainLoop:
         self._publish_weights()
         clock.lap("update_weights")
         history = scored.history(step)
-        self.state.history.add(history)
-        self._pool.publish(step, history, timeout_s)
+        self.state.remember(history)
+        self._pool.publish(step, history, self.state.acceptance, timeout_s)
         clock.lap("publish")
         self._observe_lengths(result.rollouts)
         self.tracker.log_rollouts(rollout_records(scored, step, settings.sampling.num_samples_per_prompt))
@@ -294,6 +304,7 @@ class TrainLoop:
             self.state.save(folder)
 
         checkpoint.save(self.run_dir, self.state.step, write, self.settings.checkpoint.keep_last)
+        self.state.drop_forgotten()
         return time.perf_counter() - started
 
 

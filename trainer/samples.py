@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slipstream.drafter.base import HistoryRecord
+from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from slipstream.trainer.advantages import GroupCounts, grpo_advantages
@@ -46,8 +46,15 @@ class ScoredStep:
     def history(self, step: int) -> list[HistoryRecord]:
         """What drafters remember: every response that ended by itself or at its limit."""
         return [
-            HistoryRecord(r.request.prompt_id, step, r.request.uid, r.tokens)
-            for r in self.rollouts
+            HistoryRecord(
+                r.request.prompt_id,
+                step,
+                r.request.uid,
+                r.tokens,
+                reward=float(reward),
+                version=int(r.policy_versions[-1]) if len(r.policy_versions) else -1,
+            )
+            for r, reward in zip(self.rollouts, self.rewards, strict=True)
             if r.finish in ("stop", "length")
         ]
 
@@ -132,7 +139,7 @@ def speculation_metrics(rollouts: Sequence[Rollout], stats: Sequence[EngineStats
     sources: Counter[str] = Counter()
     for rollout in rollouts:
         sources.update(rollout.spec.by_source)
-    out |= {f"das/accepted_{name}": float(sources[name]) for name in ("self", "sibling", "history", "prompt")}
+    out |= {f"das/accepted_{name}": float(sources[name]) for name in SOURCE_NAMES[1:]}
     total = sum(s.total_s for s in stats) or 1.0
     for part in ("forward_s", "sample_s", "draft_s", "other_s"):
         out[f"das/engine_share_{part[:-2]}"] = sum(getattr(s, part) for s in stats) / total

@@ -9,9 +9,12 @@ uniform one with probability NOISE.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from slipstream.drafter.base import HistoryRecord
 
 VOCAB = 32_000
 NUM_FRAGMENTS = 120
@@ -20,6 +23,7 @@ NUM_SUCCESSORS = 4
 IDIOM_SHARE = 0.3
 NOISE = 0.03
 MIN_PHRASE, MAX_PHRASE = 4, 24
+SAMPLES_PER_VISIT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,30 @@ class Corpus:
 
     rollouts: np.ndarray
     held_out: np.ndarray
+
+    def visits(self) -> Iterator[tuple[int, list[HistoryRecord]]]:
+        """The rollouts as training steps of SAMPLES_PER_VISIT samples a prompt: (step, its records); negative uids."""
+        num_samples = self.rollouts.shape[1]
+        for first in range(0, num_samples, SAMPLES_PER_VISIT):
+            step = first // SAMPLES_PER_VISIT
+            samples = range(first, min(first + SAMPLES_PER_VISIT, num_samples))
+            yield (
+                step,
+                [
+                    HistoryRecord(str(prompt), step, -1 - prompt * num_samples - sample, self.rollouts[prompt, sample])
+                    for prompt in range(len(self.rollouts))
+                    for sample in samples
+                ],
+            )
+
+    def texts(self, num_live: int) -> list[HistoryRecord]:
+        """The first num_live held-out rollouts of every prompt, as one more step; uids count from 0."""
+        step = -(-self.rollouts.shape[1] // SAMPLES_PER_VISIT)
+        return [
+            HistoryRecord(str(prompt), step, prompt * num_live + sample, tokens)
+            for prompt, samples in enumerate(self.held_out)
+            for sample, tokens in enumerate(samples[:num_live])
+        ]
 
 
 def make_corpus(num_prompts: int, num_samples: int, num_held_out: int, length: int, seed: int = 0) -> Corpus:

@@ -1,7 +1,7 @@
-// A generalised suffix automaton in two flat arrays: the part that the frozen and the live index share.
+// A generalised suffix automaton that grows: what the live tier is and the frozen tier is made from.
 //
 // Invariants
-// - Indices are 32-bit and nothing points into the arrays: they may be moved or copied as bytes.
+// - Indices are 32-bit and count from the start of the arena, so reading a state takes no table of chunks.
 // - A state stands for the substrings that end at the same places; `length` is the longest of them, `link` the state
 //   of the longest suffix that also ends elsewhere. Every edge into a state bears the same token, so the occurrences
 //   of "s followed by c" are the occurrences of the state that c leads to: one weight a state is all the counting.
@@ -12,22 +12,23 @@
 #include <array>
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
+#include <memory>
+#include <utility>
 
-#include "flat_buffer.h"
+#include "arena.h"
 
 namespace slipstream {
 
 constexpr int32_t kNoToken = std::numeric_limits<int32_t>::min();
 constexpr int32_t kStart = -1;  // the symbol before the first token of a response
-constexpr int32_t kRoot = 0;
 
 struct Edge {
   int32_t token, target;
 };
 
-// token, target: the first edge (kNoToken: none). more, slots: where the other edges are. mark: the last sequence that
-// came through. 32 bytes: two states a cache line, none on two.
+// token, target: the first edge (kNoToken: none). more: where the other edges are. mark: the last sequence that came
+// through. slots: in a frozen tier, the places of the other edges; while one is laid out, the new number plus 1. 32 bytes:
+// two states a cache line, none on two.
 struct State {
   int32_t length, link, token, target;
   float weight;
@@ -37,29 +38,49 @@ struct State {
 };
 static_assert(sizeof(State) == 32, "a state must not straddle cache lines");
 
-inline void prefetch(const void* at) { __builtin_prefetch(at); }
+// Not __builtin_prefetch: gcc takes a function of nothing else for pure and drops the call.
+inline void prefetch(const void* at) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(at)));
+#elif defined(__aarch64__)
+  asm volatile("prfm pldl1keep, %0" ::"Q"(*static_cast<const char*>(at)));
+#else
+  __builtin_prefetch(at);
+#endif
+}
+
+// What automata are made of. Sizes are of addresses: 2^31 states and 2^27 edges.
+struct IndexMemory {
+  Arena states{size_t{1} << 36}, edges{size_t{1} << 30};
+};
 
 // clones_inherit: whether a clone starts with the weight of its original (weights counted as text arrives) or with
 // none (weights propagated over the links at the end).
 class SuffixAutomaton {
  public:
-  explicit SuffixAutomaton(bool clones_inherit) : clones_inherit_(clones_inherit) {
-    edges_.push({kNoToken, 0});  // offset 0 means "no further edges"
-    states_.push({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
+  SuffixAutomaton(std::shared_ptr<IndexMemory> memory, bool clones_inherit)
+      : memory_(std::move(memory)), states_(memory_->states), edges_(memory_->edges), clones_inherit_(clones_inherit) {
+    root_ = add_state({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
   }
 
-  FlatBuffer<State>& states() { return states_; }
-  const FlatBuffer<State>& states() const { return states_; }
-  size_t num_edges_beyond_first() const { return num_more_; }
+  int32_t root() const { return root_; }
+  State& state(int32_t at) const { return states_[at]; }
+  size_t num_states() const { return num_states_; }
+  size_t num_other_edges(int32_t at) const { return states_[at].more ? count_edges(states_[at].more) : 0; }
   size_t bytes() const { return states_.bytes() + edges_.bytes(); }
+
+  template <typename Visit>
+  void each_state(Visit visit) const {
+    states_.each_range([&](size_t first, size_t last) {
+      for (size_t at = first; at < last; ++at) visit(static_cast<int32_t>(at));
+    });
+  }
 
   // The state after `token` in a sequence that has reached `at`; amortised constant time.
   int32_t step(int32_t at, int32_t token) {
     if (const int32_t* known = find(at, token))
       return states_[*known].length == states_[at].length + 1 ? *known : clone(at, token, *known);
-    if (states_.size() >= size_t{1} << 31) throw std::length_error("a suffix index holds at most 2^31 states");
-    const int32_t fresh =
-        static_cast<int32_t>(states_.push({states_[at].length + 1, kRoot, kNoToken, 0, 0.0f, 0, 0, 0}));
+    const int32_t fresh = add_state({states_[at].length + 1, root_, kNoToken, 0, 0.0f, 0, 0, 0});
     int32_t state = at;
     const int32_t* met = nullptr;
     do {
@@ -81,13 +102,13 @@ class SuffixAutomaton {
   void prefetch_edges(int32_t at) const {
     const State& s = states_[at];
     if (s.token != kNoToken) prefetch(&states_[s.target]);
-    if (s.more) prefetch(&edges_[offset_of(s.more)]);
+    if (s.more) prefetch(edges_.at(offset_of(s.more)));
   }
 
   // Fetches what the search for an edge will look at after the state itself.
   void prefetch_search(int32_t at, int32_t token) const {
     const uint32_t more = states_[at].more, log2 = log2_of(more);
-    if (more) prefetch(&edges_[offset_of(more) + (log2 < kHashedLog2 ? 0 : 1 + home(token, log2))]);
+    if (more) prefetch(edges_.at(offset_of(more)) + (log2 < kHashedLog2 ? 0 : 1 + home(token, log2)));
   }
 
   template <typename Visit>
@@ -96,7 +117,7 @@ class SuffixAutomaton {
     if (s.token == kNoToken) return;
     visit(s.token, s.target);
     if (!s.more) return;
-    const Edge* block = edges_.data() + offset_of(s.more);
+    const Edge* block = edges_.at(offset_of(s.more));
     const size_t slots = num_slots(log2_of(s.more));
     for (size_t i = log2_of(s.more) >= kHashedLog2; i < slots; ++i)
       if (block[i].token != kNoToken) visit(block[i].token, block[i].target);
@@ -117,7 +138,7 @@ class SuffixAutomaton {
     if (s.token == token) return &s.target;
     if (!s.more) return nullptr;
     const uint32_t log2 = log2_of(s.more);
-    Edge* block = edges_.data() + offset_of(s.more);
+    Edge* block = edges_.at(offset_of(s.more));
     if (log2 < kHashedLog2) {
       for (uint32_t i = 0; i < 1u << log2; ++i)
         if (block[i].token == token) return &block[i].target;
@@ -134,6 +155,11 @@ class SuffixAutomaton {
     return slots[i];
   }
 
+  int32_t add_state(const State& state) {
+    ++num_states_;
+    return static_cast<int32_t>(states_.push(state));
+  }
+
   // Adds an edge that is known to be absent.
   void insert(int32_t at, int32_t token, int32_t target) {
     State& s = states_[at];
@@ -142,7 +168,6 @@ class SuffixAutomaton {
       s.target = target;
       return;
     }
-    ++num_more_;
     if (!s.more) {
       s.more = allocate(0);
     } else if (place(s.more, {token, target})) {
@@ -155,7 +180,7 @@ class SuffixAutomaton {
 
   bool place(uint32_t more, Edge edge) {
     const uint32_t log2 = log2_of(more);
-    Edge* block = edges_.data() + offset_of(more);
+    Edge* block = edges_.at(offset_of(more));
     if (log2 >= kHashedLog2) {
       if (static_cast<uint32_t>(block->target) >= (3u << log2) / 4) return false;
       ++block->target;
@@ -174,7 +199,7 @@ class SuffixAutomaton {
     const uint32_t old = s.more, log2 = log2_of(old);
     s.more = allocate(log2 + 1);
     for (size_t i = log2 >= kHashedLog2; i < num_slots(log2); ++i) {
-      const Edge edge = edges_[offset_of(old) + i];
+      const Edge edge = edges_.at(offset_of(old))[i];
       if (edge.token != kNoToken) place(s.more, edge);
     }
     edges_[offset_of(old)].target = static_cast<int32_t>(free_[log2]);
@@ -187,25 +212,23 @@ class SuffixAutomaton {
       free_[log2] = static_cast<uint32_t>(edges_[offset_of(more)].target);
     } else {
       const size_t offset = edges_.extend(num_slots(log2));
-      if (offset >> (32 - kLog2Bits)) throw std::length_error("a suffix index holds at most 2^27 edges");
       more = static_cast<uint32_t>(offset << kLog2Bits) | log2;
     }
-    Edge* block = edges_.data() + offset_of(more);
+    Edge* block = edges_.at(offset_of(more));
     std::fill(block, block + num_slots(log2), Edge{kNoToken, 0});
     return more;
   }
 
   int32_t clone(int32_t state, int32_t token, int32_t target) {
-    const int32_t copy = static_cast<int32_t>(states_.push(states_[target]));
+    const int32_t copy = add_state(states_[target]);
     states_[copy].length = states_[state].length + 1;
     if (!clones_inherit_) states_[copy].weight = 0.0f;
     if (const uint32_t more = states_[target].more) {
       const uint32_t log2 = log2_of(more);
       const uint32_t own = allocate(log2);
-      const Edge* from = edges_.data() + offset_of(more);
-      std::copy(from, from + num_slots(log2), edges_.data() + offset_of(own));
+      const Edge* from = edges_.at(offset_of(more));
+      std::copy(from, from + num_slots(log2), edges_.at(offset_of(own)));
       states_[copy].more = own;
-      num_more_ += count_edges(more);
     }
     states_[target].link = copy;
     for (int32_t* edge; state >= 0 && (edge = find(state, token)) && *edge == target; state = states_[state].link)
@@ -215,16 +238,18 @@ class SuffixAutomaton {
 
   size_t count_edges(uint32_t more) const {
     const uint32_t log2 = log2_of(more);
-    const Edge* block = edges_.data() + offset_of(more);
+    const Edge* block = edges_.at(offset_of(more));
     if (log2 >= kHashedLog2) return static_cast<size_t>(block->target);
     return static_cast<size_t>(
         std::count_if(block, block + (1u << log2), [](const Edge& edge) { return edge.token != kNoToken; }));
   }
 
-  FlatBuffer<State> states_;
-  FlatBuffer<Edge> edges_;
+  std::shared_ptr<IndexMemory> memory_;
+  ArenaArray<State> states_;
+  ArenaArray<Edge> edges_;
+  int32_t root_ = 0;
+  size_t num_states_ = 0;
   std::array<uint32_t, 32> free_{};
-  size_t num_more_ = 0;
   bool clones_inherit_;
 };
 

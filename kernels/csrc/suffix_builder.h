@@ -1,42 +1,35 @@
-// Builds frozen tiers on a background thread and swaps them in.
-// Invariant: a reader takes the pointer to a frozen tier or the one before it, never one that is being built; rebuilds
-// of a prompt end in the order they were asked for.
+// Builds frozen tiers and the shared text on a background thread and swaps them in.
+// Invariant: a reader takes the pointer to a built tier or the one before it, never one that is being built; builds of a
+// prompt end in the order they were asked for.
 #pragma once
-#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
-#include <memory>
+#include <functional>
 #include <mutex>
 #include <thread>
 
-#include "suffix_index.h"
+#include "suffix_freeze.h"
 
 namespace slipstream {
 
-struct PromptEntry {
-  std::shared_ptr<const Frozen> frozen = std::make_shared<const Frozen>();
-  std::shared_ptr<Live> live;
-  int pending = 0;  // rebuilds queued or running; guarded by the builder's mutex
-};
-
-// One background thread that builds frozen tiers in the order they were asked for.
 class Builder {
  public:
   ~Builder() { stop(); }
 
-  void submit(std::shared_ptr<PromptEntry> prompt, Corpus corpus) {
+  // owner: whom `wait` can wait for; pending counts its jobs and is guarded by the builder.
+  void submit(int* pending, std::function<void()> job) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!thread_.joinable()) thread_ = std::thread([this] { run(); });
-    ++prompt->pending;
-    jobs_.push_back({std::move(prompt), std::move(corpus)});
+    ++*pending;
+    jobs_.push_back({pending, std::move(job)});
     changed_.notify_all();
   }
 
-  // Waits for the rebuilds of one prompt, or of all (nullptr). Rethrows what a rebuild died of.
-  void wait(const PromptEntry* prompt) {
+  // Waits for one owner's jobs, or for all (nullptr). Rethrows what a job died of.
+  void wait(const int* pending) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return stopping_ || (prompt ? prompt->pending == 0 : num_open() == 0); });
+    changed_.wait(lock, [&] { return stopping_ || (pending ? *pending == 0 : jobs_.empty() && !running_); });
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
@@ -51,11 +44,9 @@ class Builder {
 
  private:
   struct Job {
-    std::shared_ptr<PromptEntry> prompt;
-    Corpus corpus;
+    int* pending;
+    std::function<void()> work;
   };
-
-  size_t num_open() const { return jobs_.size() + (running_ ? 1 : 0); }
 
   void run() {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -68,14 +59,15 @@ class Builder {
       lock.unlock();
       std::exception_ptr error;
       try {
-        std::atomic_store(&job.prompt->frozen, std::shared_ptr<const Frozen>(new Frozen(job.corpus)));
+        job.work();
       } catch (...) {
         error = std::current_exception();
       }
       lock.lock();
       running_ = false;
       if (error) error_ = error;
-      --job.prompt->pending;
+      --*job.pending;
+      job.work = nullptr;
       changed_.notify_all();
     }
   }

@@ -2,22 +2,21 @@
 //
 // Invariants
 // - A call checks all its arguments before it changes anything: after an error the set is as it was.
-// - A request keeps the frozen tier it began with. Rebuilding swaps a pointer, so propose and extend never wait for it
-//   and never see a half-built tier; begin waits for the pending rebuild of its own prompt, so that drafts do not
-//   depend on timing.
-// - publish ends the live tier of a prompt: what was sampled is in the records that the next frozen tier is built
-//   from. Requests still open keep the old one among themselves.
+// - A request keeps the tiers it began with. Rebuilding swaps a pointer, so propose and extend never wait for it and never
+//   see a half-built tier; begin waits for the pending rebuild of its own prompt, so that what a prompt's own text says
+//   does not depend on timing. The shared text may come a step later.
+// - publish and attach end the live tier of a prompt: what was sampled is in the records that the next frozen tier is
+//   built from. Requests still open keep the old one among themselves.
 #pragma once
-#include <numeric>
-#include <string>
+#include <atomic>
+#include <optional>
 #include <unordered_map>
 
+#include "step_threads.h"
 #include "suffix_builder.h"
+#include "suffix_step.h"
 
 namespace slipstream {
-
-// Twin: SOURCE_NAMES in drafter/base.py.
-enum Source : int8_t { kSourceNone = 0, kSelf = 1, kSibling = 2, kHistory = 3, kPrompt = 4 };
 
 struct UnknownUid : std::out_of_range {
   using std::out_of_range::out_of_range;
@@ -26,54 +25,43 @@ struct ClosedIndex : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-struct SetOptions {
-  int min_match = 2, max_candidates = 2;
-  float escape = 0.5f;
-};
-
-// How far ahead of a batch's walks memory is fetched, and for how many rows at a time.
-constexpr int kWarmDraft = 8, kWarmLinks = 5;
-constexpr int64_t kBlockRows = 64;
-
-// Buffers of one propose call, rows in batch order. tokens and probs are [rows, width].
-struct DraftRows {
-  int64_t rows, width;
-  const int32_t* max_draft;
-  const float* min_prob;
-  int32_t* tokens;
-  int32_t* count;
-  int8_t* source;
-  int32_t* match_len;
-  float* probs;
-};
-
 struct SetStats {
-  size_t prompts = 0, open_requests = 0, frozen_tokens = 0, frozen_bytes = 0, live_tokens = 0, live_bytes = 0;
+  size_t prompts = 0, open_requests = 0, frozen_tokens = 0, frozen_bytes = 0, live_tokens = 0, live_bytes = 0,
+         shared_tokens = 0, shared_bytes = 0, files_failed = 0;
 };
 
 class SuffixIndexSet {
  public:
-  explicit SuffixIndexSet(const SetOptions& options) : options_(options) {
-    if (options.min_match < 1 || options.max_candidates < 1 || !(options.escape >= 0.0f))
-      throw std::invalid_argument("min_match and max_candidates must be at least 1 and escape at least 0");
+  SuffixIndexSet(const SetOptions& options, size_t num_threads, int64_t threads_from)
+      : options_(options), threads_from_(threads_from), workers_(num_threads) {
+    if (options.min_match < 1 || options.max_candidates < 1 || !(options.escape >= 0.0f) || num_threads < 1)
+      throw std::invalid_argument("min_match, max_candidates and threads must be at least 1 and escape at least 0");
   }
+  ~SuffixIndexSet() { builder_.stop(); }
 
-  void begin(int64_t uid, const std::string& prompt_id) {
+  // prompt: the text that opens the prompt's live tier, where it has none yet.
+  void begin(int64_t uid, const std::string& prompt_id, const int32_t* prompt, size_t length) {
     std::unique_lock<std::mutex> lock(mutex_);
+    check_tokens(prompt, static_cast<int64_t>(length));
     require_closed_uid(uid);
-    const std::shared_ptr<PromptEntry> held = entry(prompt_id);
+    const std::shared_ptr<Prompt> held = entry(prompt_id);
     lock.unlock();  // other threads go on drafting meanwhile
-    builder_.wait(held.get());
+    builder_.wait(&held->pending);
     lock.lock();
     require_closed_uid(uid);
-    if (!held->live) held->live = std::make_shared<Live>();
-    Request request{held->live, std::atomic_load(&held->frozen), 0, 0, kRoot, 0, 0};
+    if (!held->live) held->live = std::make_shared<Live>(memory_, prompt, length);
+    OpenRequest request;
+    request.live = held->live;
+    request.frozen = std::atomic_load(&held->frozen);
+    request.shared = std::atomic_load(&shared_);
     request.sequence = held->live->open(request.cursor);
-    request.at = std::max(request.frozen->find(kRoot, kStart), kRoot);
-    request.matched = request.at == kRoot ? 0 : 1;
+    request.at = std::max(request.frozen->find(kFrozenRoot, kStart), kFrozenRoot);
+    request.matched = request.at != kFrozenRoot;
+    request.prompt = held->number;
     slots_[uid] = requests_.size();
     requests_.push_back(std::move(request));
     uids_.push_back(uid);
+    is_sorted_ = false;
   }
 
   void end(int64_t uid) {
@@ -85,48 +73,94 @@ class SuffixIndexSet {
     requests_.pop_back();
     uids_.pop_back();
     slots_.erase(uid);
+    is_sorted_ = false;
   }
 
   void propose(const int64_t* uids, const DraftRows& out) {
     std::lock_guard<std::mutex> lock(mutex_);
-    find_slots(uids, out.rows);
-    scratch_tokens_.resize(static_cast<size_t>(out.width) * 2);
-    scratch_probs_.resize(static_cast<size_t>(out.width) * 2);
-    each_block(out.rows, [&] {
-      warm_frozen();
-      warm_live();
-      for (int64_t row = first_; row < end_; ++row) propose_row(requests_[found_[row]], out, row);
+    find_requests(uids, out.rows);
+    in_parts(out.rows, [&](StepWorker& worker, size_t first, size_t last) {
+      worker.propose(batch_, order_, first, last, out, options_, calibration_);
     });
   }
 
   void extend(const int64_t* uids, int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
     std::lock_guard<std::mutex> lock(mutex_);
-    find_slots(uids, rows);
+    find_requests(uids, rows);
     check_ragged(rows, values, offsets, num_values);
-    each_block(rows, [&] {
-      advance_frozen(values, offsets);
-      append_live(values, offsets);
+    in_parts(rows, [&](StepWorker& worker, size_t first, size_t last) {
+      worker.extend(batch_, order_, first, last, values, offsets);
     });
   }
 
-  // Queues the rebuild of a prompt's frozen tier and ends its live tier.
-  void publish(const std::string& prompt_id, Corpus corpus) {
+  // Queues the rebuild of a prompt's frozen tier and ends its live tier. The tier is written to `path` too, if there is
+  // one: other processes attach it.
+  void publish(const std::string& prompt_id, Corpus corpus, const std::string& path) {
     std::lock_guard<std::mutex> lock(mutex_);
     require_open();
     check_ragged(static_cast<int64_t>(corpus.weights.size()), corpus.tokens.data(), corpus.offsets.data(),
                  static_cast<int64_t>(corpus.tokens.size()));
-    if (corpus.num_plain > corpus.weights.size()) throw std::invalid_argument("more prompts than sequences");
     for (const float weight : corpus.weights)
       if (!(weight > 0.0f)) throw std::invalid_argument("weights must be above 0");
-    const std::shared_ptr<PromptEntry> held = entry(prompt_id);
+    const std::shared_ptr<Prompt> held = entry(prompt_id);
     held->live.reset();
-    builder_.submit(held, std::move(corpus));
+    builder_.submit(&held->pending, [this, held, path, corpus = std::move(corpus)] {
+      const std::shared_ptr<const Frozen> built = FrozenBuilder::build(corpus, memory_);
+      std::atomic_store(&held->frozen, built);
+      write_for_others(*built, path);
+    });
+  }
+
+  // Takes the frozen tier of a prompt from a file that `publish` wrote, here or in another process.
+  void attach(const std::string& prompt_id, const std::string& path) {
+    const std::shared_ptr<const Frozen> mapped = Frozen::map(path);
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_open();
+    const std::shared_ptr<Prompt> held = entry(prompt_id);
+    held->live.reset();
+    std::atomic_store(&held->frozen, mapped);
+  }
+
+  // Queues the rebuild of the text that all prompts share.
+  void publish_shared(std::vector<int32_t> tokens, std::vector<int64_t> offsets, const std::string& path) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_open();
+    check_ragged(static_cast<int64_t>(offsets.size()) - 1, tokens.data(), offsets.data(),
+                 static_cast<int64_t>(tokens.size()));
+    for (const int32_t token : tokens)
+      if (static_cast<uint32_t>(token) >= kGap)
+        throw std::invalid_argument("token " + std::to_string(token) + " is too large for the shared text; allowed: below " +
+                                    std::to_string(kGap));
+    builder_.submit(&shared_pending_, [this, path, tokens = std::move(tokens), offsets = std::move(offsets)] {
+      const std::shared_ptr<const SharedText> built = SharedTextBuilder::build(tokens, offsets);
+      std::atomic_store(&shared_, built);
+      write_for_others(*built, path);
+    });
+  }
+
+  void attach_shared(const std::string& path) {
+    const std::shared_ptr<const SharedText> mapped = SharedText::map(path);
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_open();
+    std::atomic_store(&shared_, mapped);
+  }
+
+  void calibrate(const float* q, size_t count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_open();
+    if (count != calibration_.q.size())
+      throw std::invalid_argument("a calibration has " + std::to_string(calibration_.q.size()) + " cells");
+    for (size_t i = 0; i < count; ++i)
+      if (!(q[i] >= 0.0f && q[i] <= 1.0f)) throw std::invalid_argument("probabilities must lie between 0 and 1");
+    std::copy(q, q + count, calibration_.q.begin());
+    calibration_.is_measured = true;
   }
 
   // Forgets a prompt; requests that are open keep what they hold.
   void drop(const std::string& prompt_id) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    prompts_.erase(prompt_id);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto found = prompts_.find(prompt_id);
+    if (found != prompts_.end()) prompts_.erase(found);
   }
 
   void wait() { builder_.wait(nullptr); }
@@ -162,17 +196,34 @@ class SuffixIndexSet {
       out.live_tokens += prompt->live->num_tokens();
       out.live_bytes += prompt->live->bytes();
     }
+    out.files_failed = files_failed_;
+    if (const auto shared = std::atomic_load(&shared_)) {
+      out.shared_tokens = shared->num_tokens();
+      out.shared_bytes = shared->bytes();
+    }
     return out;
   }
 
  private:
-  // cursor: what the request's own text has reached in the live tier; at, matched: its longest match in the frozen one.
-  struct Request {
-    std::shared_ptr<Live> live;
+  struct Prompt {
+    uint32_t number = 0;
+    int pending = 0;  // rebuilds queued or running; guarded by the builder
     std::shared_ptr<const Frozen> frozen;
-    int32_t sequence, cursor, at, matched;
-    uint64_t last_call;
+    std::shared_ptr<Live> live;
   };
+
+  // A file that cannot be written (memory full) costs the other processes a build of their own, nothing else: they are
+  // told by the promise that goes away (drafter/shared_folder.py).
+  template <typename Tier>
+  void write_for_others(const Tier& tier, const std::string& path) {
+    if (path.empty()) return;
+    try {
+      tier.write(path);
+    } catch (const std::system_error&) {
+      ++files_failed_;
+      unlink((path + ".promised").c_str());
+    }
+  }
 
   void require_open() const {
     if (closed_) throw ClosedIndex("the suffix index is closed");
@@ -183,9 +234,14 @@ class SuffixIndexSet {
     if (slots_.count(uid)) throw std::invalid_argument("uid " + std::to_string(uid) + " is open already");
   }
 
-  std::shared_ptr<PromptEntry> entry(const std::string& prompt_id) {
-    std::shared_ptr<PromptEntry>& held = prompts_[prompt_id];
-    if (!held) held = std::make_shared<PromptEntry>();
+  std::shared_ptr<Prompt> entry(const std::string& prompt_id) {
+    std::shared_ptr<Prompt>& held = prompts_[prompt_id];
+    if (!held) {
+      held = std::make_shared<Prompt>();
+      held->number = num_prompts_ever_++;
+      if (!empty_) empty_ = FrozenBuilder::build({{}, {0}, {}, {}}, memory_);
+      held->frozen = empty_;
+    }
     return held;
   }
 
@@ -196,20 +252,47 @@ class SuffixIndexSet {
     return found->second;
   }
 
-  void find_slots(const int64_t* uids, int64_t rows) {
+  // Fills batch_ (requests by row) and order_ (rows, those of a prompt side by side: they share a live tier).
+  void find_requests(const int64_t* uids, int64_t rows) {
     require_open();
+    const auto count = static_cast<size_t>(rows);
+    // From one call to the next the batch mostly stays the same.
+    if (is_sorted_ && count == last_uids_.size() && std::equal(uids, uids + rows, last_uids_.begin())) return;
+    is_sorted_ = false;
     ++num_calls_;
-    found_.resize(static_cast<size_t>(rows), 0);
-    warm_.resize(static_cast<size_t>(rows));
-    for (int64_t row = 0; row < rows; ++row) {
-      // From one engine step to the next most rows stay where they are.
+    batch_.resize(count);
+    found_.resize(count, 0);
+    for (size_t row = 0; row < count; ++row) {
       const size_t guess = found_[row];
       if (guess >= uids_.size() || uids_[guess] != uids[row]) found_[row] = slot_of(uids[row]);
-      Request& request = requests_[found_[row]];
+      OpenRequest& request = requests_[found_[row]];
       if (request.last_call == num_calls_)
         throw std::invalid_argument("uid " + std::to_string(uids[row]) + " is in the batch twice");
       request.last_call = num_calls_;
+      batch_[row] = &request;
     }
+    order_.resize(count);
+    for (size_t row = 0; row < count; ++row) order_[row] = static_cast<int32_t>(row);
+    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return batch_[a]->live < batch_[b]->live; });
+    last_uids_.assign(uids, uids + rows);
+    is_sorted_ = true;
+  }
+
+  // Deals the rows to the workers, never two with the same live tier.
+  template <typename Work>
+  void in_parts(int64_t rows, Work work) {
+    const size_t count = static_cast<size_t>(rows);
+    if (workers_.size() == 1 || rows < threads_from_) return work(workers_[0], 0, count);
+    if (!threads_) threads_.emplace(workers_.size() - 1);
+    cuts_.assign(1, 0);
+    for (size_t part = 1; part <= workers_.size(); ++part) {
+      size_t cut = std::max(cuts_.back(), count * part / workers_.size());
+      while (cut > 0 && cut < count && batch_[order_[cut]]->live == batch_[order_[cut - 1]]->live) ++cut;
+      cuts_.push_back(cut);
+    }
+    threads_->run([&](size_t part) {
+      if (cuts_[part] < cuts_[part + 1]) work(workers_[part], cuts_[part], cuts_[part + 1]);
+    });
   }
 
   static void check_ragged(int64_t rows, const int32_t* values, const int64_t* offsets, int64_t num_values) {
@@ -217,187 +300,48 @@ class SuffixIndexSet {
       throw std::invalid_argument("offsets must run from 0 to the number of tokens");
     for (int64_t row = 0; row < rows; ++row)
       if (offsets[row] > offsets[row + 1]) throw std::invalid_argument("offsets must not decrease");
-    for (int64_t i = 0; i < num_values; ++i)
-      if (values[i] < 0)
-        throw std::invalid_argument("token " + std::to_string(values[i]) + " is negative; allowed: 0 or more");
+    check_tokens(values, num_values);
   }
 
-  // Few enough rows for what is fetched ahead to be in the cache still when it is used.
-  template <typename Work>
-  void each_block(int64_t rows, Work work) {
-    for (first_ = 0; first_ < rows; first_ = end_) {
-      end_ = std::min(rows, first_ + kBlockRows);
-      work();
-    }
-  }
-
-  // The tiers of many requests do not fit into the caches together, and each walk is a chain of loads. These passes
-  // take every request's chain one link further at a time, so that the loads of different requests overlap.
-  void warm_frozen() {
-    for (int64_t row = first_; row < end_; ++row) {
-      const Request& request = requests_[found_[row]];
-      warm_[row] = request.at;
-      prefetch(&request.frozen->state(request.at));
-    }
-    follow_frozen();
-    for (int64_t row = first_; row < end_; ++row) {
-      const Request& request = requests_[found_[row]];
-      warm_[row] = std::max(request.frozen->state(request.at).link, kRoot);
-      prefetch(&request.frozen->state(warm_[row]));
-    }
-    follow_frozen();
-  }
-
-  void follow_frozen() {
-    for (int i = 0; i < kWarmDraft; ++i)
-      for (int64_t row = first_; row < end_; ++row) {
-        const Frozen& frozen = *requests_[found_[row]].frozen;
-        const State& s = frozen.state(warm_[row]);
-        if (s.token != kNoToken) warm_[row] = s.target;
-        prefetch(&frozen.state(warm_[row]));
-      }
-  }
-
-  // Takes turns between the walks of all rows until each has passed its tokens.
-  void advance_frozen(const int32_t* values, const int64_t* offsets) {
-    walks_.resize(found_.size());
-    active_.clear();
-    for (int64_t row = first_; row < end_; ++row) {
-      const Request& request = requests_[found_[row]];
-      walks_[row] = {values + offsets[row], values + offsets[row + 1], request.at, request.matched, false};
-      prefetch(&request.frozen->state(request.at));
-      if (!walks_[row].done()) active_.push_back(row);
-    }
-    while (!active_.empty()) {
-      size_t kept = 0;
-      for (const int64_t row : active_) {
-        requests_[found_[row]].frozen->advance(walks_[row]);
-        active_[kept] = row;
-        kept += !walks_[row].done();
-      }
-      active_.resize(kept);
-    }
-    for (int64_t row = first_; row < end_; ++row) {
-      requests_[found_[row]].at = walks_[row].at;
-      requests_[found_[row]].matched = walks_[row].matched;
-    }
-  }
-
-  // Appends the first token of every row, then the second, and so on; chains are counted in turns as well.
-  void append_live(const int32_t* values, const int64_t* offsets) {
-    warm_live();
-    warm_roots(values, offsets);
-    active_.resize(static_cast<size_t>(end_ - first_));
-    std::iota(active_.begin(), active_.end(), first_);
-    for (int64_t column = 0; !active_.empty(); ++column) {
-      size_t kept = 0;
-      for (const int64_t row : active_) {
-        if (offsets[row] + column == offsets[row + 1]) continue;
-        Request& request = requests_[found_[row]];
-        request.live->step(request.cursor, values[offsets[row] + column]);
-        warm_[row] = request.cursor;
-        active_[kept++] = row;
-      }
-      active_.resize(kept);
-      count_chains();
-    }
-  }
-
-  // A token in a new context is looked up at the root, whose table is the largest of all.
-  void warm_roots(const int32_t* values, const int64_t* offsets) {
-    for (int64_t row = first_; row < end_; ++row) {
-      const Live& live = *requests_[found_[row]].live;
-      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) live.prefetch_search(kRoot, values[i]);
-    }
-    for (int64_t row = first_; row < end_; ++row) {
-      const Live& live = *requests_[found_[row]].live;
-      for (int64_t i = offsets[row]; i < offsets[row + 1]; ++i) {
-        const int32_t target = live.find(kRoot, values[i]);
-        if (target >= 0) prefetch(&live.state(target));
-      }
-    }
-  }
-
-  void count_chains() {
-    counting_.assign(active_.begin(), active_.end());
-    for (int i = 0; i < kMaxChain && !counting_.empty(); ++i) {
-      size_t kept = 0;
-      for (const int64_t row : counting_) {
-        const Request& request = requests_[found_[row]];
-        warm_[row] = request.live->count(warm_[row], request.sequence);
-        counting_[kept] = row;
-        kept += warm_[row] != kRoot;
-      }
-      counting_.resize(kept);
-    }
-  }
-
-  void warm_live() {
-    for (int64_t row = first_; row < end_; ++row) {
-      const Request& request = requests_[found_[row]];
-      warm_[row] = request.cursor;
-      prefetch(&request.live->state(request.cursor));
-    }
-    for (int i = 0; i < kWarmLinks; ++i)
-      for (int64_t row = first_; row < end_; ++row) {
-        if (warm_[row] < 0) continue;
-        const Live& live = *requests_[found_[row]].live;
-        live.prefetch_edges(warm_[row]);
-        warm_[row] = live.state(warm_[row]).link;
-        if (warm_[row] >= 0) prefetch(&live.state(warm_[row]));
-      }
-  }
-
-  void propose_row(const Request& request, const DraftRows& out, int64_t row) {
-    out.count[row] = out.match_len[row] = 0;
-    out.source[row] = kSourceNone;
-    const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
-    if (limit <= 0) return;
-    const int32_t length = request.live->state(request.cursor).length;
-    // kStart counts as context: a response that has matched from its first token on needs no minimum.
-    const DraftLimits limits{limit, std::min<int>(options_.min_match, length), options_.min_match, out.min_prob[row],
-                             options_.escape};
-    Draft best{scratch_tokens_.data(), scratch_probs_.data()};
-    Draft spare{scratch_tokens_.data() + out.width, scratch_probs_.data() + out.width};
-    draft_from(*request.live, request.cursor, length, request.cursor, options_.max_candidates, limits, best, spare);
-    const float live_score = best.score;
-    const int32_t live_mark = best.mark;
-    draft_from(*request.frozen, request.at, request.matched, kRoot, options_.max_candidates, limits, best, spare);
-    if (best.count == 0) return;
-    if (best.score > live_score)
-      out.source[row] = request.frozen->is_prompt(best.mark) ? kPrompt : kHistory;
-    else
-      out.source[row] = live_mark == request.sequence ? kSelf : kSibling;
-    out.count[row] = best.count;
-    out.match_len[row] = best.match_len;
-    std::copy(best.tokens, best.tokens + best.count, out.tokens + row * out.width);
-    std::copy(best.probs, best.probs + best.count, out.probs + row * out.width);
+  static void check_tokens(const int32_t* values, int64_t num_values) {
+    int32_t any = 0;
+    for (int64_t i = 0; i < num_values; ++i) any |= values[i];
+    if (any >= 0) return;
+    const int32_t* bad = std::find_if(values, values + num_values, [](int32_t token) { return token < 0; });
+    throw std::invalid_argument("token " + std::to_string(*bad) + " is negative; allowed: 0 or more");
   }
 
   template <typename Tier>
   static void collect(const Tier& tier, const std::vector<int32_t>& context,
                       std::vector<std::pair<int32_t, float>>& out) {
-    int32_t at = kRoot;
+    int32_t at = tier.root();
     for (const int32_t token : context)
       if ((at = tier.find(at, token)) < 0) return;
     tier.each_edge(at, [&](int32_t token, int32_t target) { out.push_back({token, tier.state(target).weight}); });
   }
 
   const SetOptions options_;
+  const int64_t threads_from_;
   std::mutex mutex_;
   bool closed_ = false;
-  std::unordered_map<std::string, std::shared_ptr<PromptEntry>> prompts_;
+  std::shared_ptr<IndexMemory> memory_ = std::make_shared<IndexMemory>();
+  std::shared_ptr<const Frozen> empty_;
+  std::shared_ptr<const SharedText> shared_;
+  int shared_pending_ = 0;
+  std::atomic<size_t> files_failed_{0};
+  Calibration calibration_;
+  uint32_t num_prompts_ever_ = 0;
+  std::unordered_map<std::string, std::shared_ptr<Prompt>> prompts_;
   std::unordered_map<int64_t, size_t> slots_;
-  std::vector<Request> requests_;
-  std::vector<int64_t> uids_;
+  std::vector<OpenRequest> requests_;
+  std::vector<int64_t> uids_, last_uids_;
+  bool is_sorted_ = false;
   uint64_t num_calls_ = 0;
-  std::vector<size_t> found_;
-  std::vector<int32_t> warm_;
-  std::vector<Frozen::Walk> walks_;
-  std::vector<int64_t> active_, counting_;
-  int64_t first_ = 0, end_ = 0;  // the rows of the block in work
-  std::vector<int32_t> scratch_tokens_;
-  std::vector<float> scratch_probs_;
+  std::vector<OpenRequest*> batch_;
+  std::vector<int32_t> order_;
+  std::vector<size_t> found_, cuts_;
+  std::vector<StepWorker> workers_;
+  std::optional<StepThreads> threads_;
   Builder builder_;
 };
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from slipstream.drafter.token_log import TokenLog
 
 SMALL = [
     "experiment=quickstart_short",
@@ -45,6 +48,15 @@ def tokens(run_dir: Path) -> dict[tuple[int, int], list[int]]:
     records = jsonl(run_dir / "rollouts.jsonl")
     out = {(record["step"], record["uid"]): record["tokens"] for record in records}
     assert len(out) == len(records), "a rollout was logged twice"
+    return out
+
+
+def drafter_log(run_dir: Path) -> list[tuple]:
+    """Every record in the drafter's log, in order."""
+    log = TokenLog.open(run_dir / "history")
+    out = [(r.prompt_id, r.step, r.uid, r.tokens.tolist(), r.reward, r.version) for r in log.records()]
+    assert log.num_bytes_cut == 0
+    log.close()
     return out
 
 
@@ -87,6 +99,8 @@ def test_a_killed_job_resumes_with_the_same_tokens(tmp_path: Path, undisturbed: 
     run_dir = tmp_path / "runs" / "killed"
     with (run_dir / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 3, "critic/rew')
+    with (run_dir / "history" / "000001.log").open("ab") as torn_log:
+        torn_log.write(b"half a record")
     done = run(tmp_path, "train", "--resume", str(run_dir))
     assert "resume:" in done.stdout
     assert tokens(run_dir) == tokens(undisturbed)
@@ -95,6 +109,21 @@ def test_a_killed_job_resumes_with_the_same_tokens(tmp_path: Path, undisturbed: 
     # The drafter's memory came back too: the first step after the resume drafts from history.
     resumed = next(r for r in jsonl(run_dir / "metrics.jsonl") if r["step"] == 3)
     assert resumed["das/accepted_history"] > 0
+    assert drafter_log(run_dir) == drafter_log(undisturbed)
+    records = {(r["step"], r["uid"]): r for r in jsonl(run_dir / "rollouts.jsonl")}
+    for _, step, uid, response, reward, version in drafter_log(run_dir):
+        record = records.pop((step, uid))
+        assert (response, reward) == (record["tokens"], record["reward"])
+        assert version == record["policy_version"] == step - 1
+    assert not records
+
+
+def test_a_resume_without_the_drafters_log_is_one_line(tmp_path: Path, undisturbed: Path) -> None:
+    run_dir = tmp_path / "runs" / "copied"
+    shutil.copytree(undisturbed, run_dir, ignore=shutil.ignore_patterns("history"))
+    done = run(tmp_path, "train", "--resume", str(run_dir), "algo.num_steps=5", check=False)
+    assert done.returncode == 1
+    one_line(done, "step_000004 cannot be resumed", str(run_dir / "history"), "mkdir")
 
 
 @pytest.mark.parametrize(

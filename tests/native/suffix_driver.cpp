@@ -1,6 +1,7 @@
 // Exercises the suffix index under a sanitizer: `make sanitize` builds it with ASan + UBSan, then with TSan.
 // Random, periodic and unary text against brute force; readers that draft and extend while prompts are rebuilt and
 // dropped under them. Exit status 0 means that every answer was right and the sanitizer found nothing.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -22,11 +23,12 @@ static std::vector<int32_t> random_text(std::mt19937& rng, int length, int vocab
 }
 
 static Corpus corpus_of(const std::vector<std::vector<int32_t>>& texts) {
-  Corpus corpus{{}, {0}, {}, 0};
+  Corpus corpus{{}, {0}, {}, {}};
   for (const auto& text : texts) {
     corpus.tokens.insert(corpus.tokens.end(), text.begin(), text.end());
     corpus.offsets.push_back(static_cast<int64_t>(corpus.tokens.size()));
     corpus.weights.push_back(1.0f);
+    corpus.ages.push_back(1);
   }
   return corpus;
 }
@@ -41,9 +43,11 @@ static float count(const std::vector<int32_t>& text, const std::vector<int32_t>&
 
 // The weight of every follower of contexts up to three tokens, in both tiers.
 static void check_counts(const std::vector<int32_t>& text, bool exact_live) {
-  SuffixIndexSet set({1, 2, 0.5f});
-  set.publish("p", corpus_of({text}));
-  set.begin(1, "p");
+  SetOptions options;
+  options.min_match = 1;
+  SuffixIndexSet set(options, 1, 0);
+  set.publish("p", corpus_of({text}), "");
+  set.begin(1, "p", nullptr, 0);
   const int64_t uid = 1, offsets[2] = {0, static_cast<int64_t>(text.size())};
   set.extend(&uid, 1, text.data(), offsets, offsets[1]);
   for (size_t at = 0; at + 3 < text.size(); at += 7)
@@ -60,17 +64,21 @@ static void check_counts(const std::vector<int32_t>& text, bool exact_live) {
 
 struct Buffers {
   explicit Buffers(int64_t rows, int64_t width)
-      : limit(rows, static_cast<int32_t>(width)), tokens(rows * width), count(rows), match(rows), source(rows),
-        min_prob(rows, 0.05f), probs(rows * width), width(width) {}
+      : limit(rows, static_cast<int32_t>(width)), tokens(rows * width), count(rows), match(rows), age(rows), branching(rows, 1),
+        source(rows), cells(rows * width), parents(rows * width), min_prob(rows, 0.05f), probs(rows * width),
+        width(width) {}
   DraftRows rows() {
-    return {static_cast<int64_t>(count.size()), width, limit.data(), min_prob.data(), tokens.data(),
-            count.data(), source.data(), match.data(), probs.data()};
+    return {static_cast<int64_t>(count.size()), width, limit.data(), min_prob.data(), branching.data(), tokens.data(),
+            count.data(), source.data(), age.data(), match.data(), probs.data(), cells.data(), parents.data()};
   }
-  std::vector<int32_t> limit, tokens, count, match;
+  std::vector<int32_t> limit, tokens, count, match, age, branching;
   std::vector<int8_t> source;
+  std::vector<int16_t> cells, parents;
   std::vector<float> min_prob, probs;
   int64_t width;
 };
+
+constexpr int32_t kPromptText[3] = {1, 2, 3};
 
 // One engine: opens requests, drafts, extends and closes them, again and again.
 static void serve(SuffixIndexSet& set, int64_t first_uid, int rounds) {
@@ -82,9 +90,10 @@ static void serve(SuffixIndexSet& set, int64_t first_uid, int rounds) {
     for (int64_t row = 0; row < kRows; ++row) {
       uids.push_back(first_uid + row);
       offsets.push_back((row + 1) * 2);
-      set.begin(uids.back(), std::to_string(row % 3));
+      set.begin(uids.back(), std::to_string(row % 3), kPromptText, 3);
     }
     for (int step = 0; step < 40; ++step) {
+      std::fill(buffers.branching.begin(), buffers.branching.end(), 1 + step % 3);
       set.propose(uids.data(), buffers.rows());
       for (int64_t i = 0; i < kRows; ++i)
         for (int32_t j = 0; j < buffers.count[i]; ++j)
@@ -96,13 +105,14 @@ static void serve(SuffixIndexSet& set, int64_t first_uid, int rounds) {
   }
 }
 
-static void rebuild_under_readers() {
-  SuffixIndexSet set({2, 2, 0.5f});
+static void rebuild_under_readers(size_t num_threads) {
+  SuffixIndexSet set(SetOptions{}, num_threads, 1);
   std::atomic<bool> stop{false};
   std::thread publisher([&] {
     std::mt19937 rng(7);
     for (int i = 0; !stop; ++i) {
-      set.publish(std::to_string(i % 3), corpus_of({random_text(rng, 300, 6), random_text(rng, 200, 6)}));
+      set.publish(std::to_string(i % 3), corpus_of({random_text(rng, 300, 6), random_text(rng, 200, 6)}), "");
+      if (i % 5 == 0) set.publish_shared(random_text(rng, 500, 6), {0, 200, 500}, "");
       if (i % 4 == 0) set.wait();  // rebuilds must not pile up where the builder is the slower one
       if (i % 11 == 0) set.drop(std::to_string(i % 3));
       check(set.stats().open_requests <= 24, "more requests than were opened");
@@ -118,7 +128,7 @@ static void rebuild_under_readers() {
   set.close();
   bool refused = false;
   try {
-    set.begin(1, "0");
+    set.begin(1, "0", nullptr, 0);
   } catch (const ClosedIndex&) {
     refused = true;
   }
@@ -132,6 +142,6 @@ int main() {
   std::vector<int32_t> periodic;
   for (int i = 0; i < 300; ++i) periodic.push_back(i % 7);
   check_counts(periodic, false);
-  rebuild_under_readers();
+  for (const size_t num_threads : {1, 3}) rebuild_under_readers(num_threads);
   std::puts("suffix_driver: passed");
 }

@@ -16,7 +16,7 @@ from slipstream.drafter.suffix_native import NativeSuffixIndexes
 from slipstream.kernels import _native  # type: ignore[attr-defined]
 
 START = -1
-MAX_CHAIN = 32  # kMaxChain in kernels/csrc/suffix_index.h
+MAX_CHAIN = 32  # kMaxChain in kernels/csrc/suffix_live.h
 ESCAPE = 0.5
 
 Sequences = list[list[int]]
@@ -29,8 +29,12 @@ def arrays(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
 
 def publish(index: _native.SuffixIndexSet, prompt: str, sequences: Sequences, weights: list[float]) -> None:
     values, offsets = arrays(sequences)
-    index.publish(prompt, values, offsets, np.array(weights, np.float32))
+    index.publish(prompt, values, offsets, np.array(weights, np.float32), np.ones(len(weights), np.uint8))
     index.wait()
+
+
+def begin(index: _native.SuffixIndexSet, uid: int, prompt: str, text: tuple[int, ...] = ()) -> None:
+    index.begin(uid, prompt, np.array(text, np.int32))
 
 
 def extend(index: _native.SuffixIndexSet, uids: list[int], tokens: Sequences) -> None:
@@ -40,12 +44,21 @@ def extend(index: _native.SuffixIndexSet, uids: list[int], tokens: Sequences) ->
 class Drafts:
     """One propose call; row i of tokens and probs cut to its count."""
 
-    def __init__(self, index: _native.SuffixIndexSet, uids: list[int], limit: int, min_prob: float = 0.0) -> None:
+    def __init__(
+        self, index: _native.SuffixIndexSet, uids: list[int], limit: int, min_prob: float = 0.0, branching: int = 1
+    ) -> None:
         rows = len(uids)
         tokens, probs = np.full((rows, limit), -7, np.int32), np.zeros((rows, limit), np.float32)
+        cells, parents = np.zeros((rows, limit), np.int16), np.zeros((rows, limit), np.int16)
         count, source, match_len = np.zeros(rows, np.int32), np.zeros(rows, np.int8), np.zeros(rows, np.int32)
         limits, min_probs = np.full(rows, limit, np.int32), np.full(rows, min_prob, np.float32)
-        index.propose(np.array(uids), limits, min_probs, tokens, count, source, match_len, probs)
+        age, widths = np.zeros(rows, np.int32), np.full(rows, branching, np.int32)
+        index.propose(
+            np.array(uids), limits, min_probs, widths, tokens, count, source, age, match_len, probs, cells, parents
+        )
+        self.age = age.tolist()
+        self.parents = [row[:n].tolist() for row, n in zip(parents, count, strict=True)]
+        self.cells = [row[:n].tolist() for row, n in zip(cells, count, strict=True)]
         self.tokens = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
         self.probs = [row[:n].tolist() for row, n in zip(probs, count, strict=True)]
         self.source = [SOURCE_NAMES[i] for i in source]
@@ -122,7 +135,7 @@ def test_interleaved_live_counts_equal_brute_force(pairs: list[tuple[int, int]])
     index = _native.SuffixIndexSet()
     sequences: Sequences = [[START] for _ in range(3)]
     for uid in range(3):
-        index.begin(uid, "p")
+        begin(index, uid, "p")
     for which, token in pairs:
         extend(index, [which], [[token]])
         sequences[which].append(token)
@@ -135,7 +148,7 @@ def test_interleaved_live_counts_equal_brute_force(pairs: list[tuple[int, int]])
 def test_live_counts_never_run_ahead(text: list[int]) -> None:
     """Beyond MAX_CHAIN suffixes the shortest contexts fall behind; whatever is counted did occur."""
     index = _native.SuffixIndexSet()
-    index.begin(1, "p")
+    begin(index, 1, "p")
     extend(index, [1], [text])
     sequences = [[START, *text]]
     for context in contexts(sequences):
@@ -155,7 +168,7 @@ def test_cursors_find_the_longest_match_across_clones(history: Sequences, pairs:
     frozen = [[START, *tokens] for tokens in history]
     live: Sequences = [[START] for _ in range(3)]
     for uid in range(3):
-        index.begin(uid, "p")
+        begin(index, uid, "p")
     for which, token in pairs:
         extend(index, [which], [[token]])
         live[which].append(token)
@@ -179,7 +192,7 @@ def check_draft(drafts: Drafts, row: int, frozen: Sequences, live: Sequences) ->
     if not best:
         assert drafts.tokens[row] == []
         return
-    name = max(sorted(best, reverse=True), key=lambda tier: best[tier][0])
+    name = max(sorted(best), key=lambda tier: best[tier][0])
     prob, match_len, tokens = best[name]
     assert drafts.probs[row][0] == pytest.approx(prob)
     assert (drafts.source[row] == "history") == (name == "history")
@@ -192,7 +205,7 @@ def test_one_symbol_of_150k_stays_linear() -> None:
     index = _native.SuffixIndexSet()
     publish(index, "p", [[5] * count], [1.0])
     assert dict(index.follow_weights("p", [5, 5], False)) == {5: count - 2}
-    index.begin(1, "p")
+    begin(index, 1, "p")
     extend(index, [1], [[5] * count])
     assert Drafts(index, [1], limit=8).tokens == [[5] * 8]
     stats = index.stats()
@@ -206,7 +219,7 @@ def test_many_branches_are_found_again() -> None:
     index = _native.SuffixIndexSet(min_match=1)
     text = [token for i in range(1, 3000) for token in (0, i)]
     publish(index, "p", [text], [1.0])
-    index.begin(1, "p")
+    begin(index, 1, "p")
     extend(index, [1], [text])
     for live in (False, True):
         assert dict(index.follow_weights("p", [0], live)) == dict.fromkeys(range(1, 3000), 1.0)
@@ -218,7 +231,7 @@ def test_the_tier_that_promises_more_drafts() -> None:
     index = _native.SuffixIndexSet()
     publish(index, "p", [[1, 2, 3, 4, 5, 6]] * 4, [1.0] * 4)
     for uid in (1, 2):
-        index.begin(uid, "p")
+        begin(index, uid, "p")
     assert Drafts(index, [1], limit=4).tokens == [[1, 2, 3, 4]]
     extend(index, [1, 2], [[7, 8, 9, 1, 2], [7, 8]])
     drafts = Drafts(index, [1, 2], limit=8)
@@ -237,7 +250,7 @@ def test_drafts_depend_on_neither_the_row_nor_the_rest_of_the_batch() -> None:
     for index in indexes:
         publish(index, "p", history, [1.0] * 4)
         for uid in range(6):
-            index.begin(uid, f"{'p' if uid else 'q'}")
+            begin(index, uid, f"{'p' if uid else 'q'}")
     for at in range(50):
         extend(indexes[0], list(range(6)), [[text[at]] for text in texts])
         for uid in reversed(range(6)):
@@ -253,7 +266,7 @@ def test_errors_are_typed_and_change_nothing() -> None:
     index = _native.SuffixIndexSet()
     publish(index, "p", [[1, 2, 3]], [1.0])
     for uid in (1, 2):
-        index.begin(uid, "p")
+        begin(index, uid, "p")
     extend(index, [1, 2], [[1], [1]])
     before = (Drafts(index, [1, 2], limit=4).tokens, index.stats())
     with pytest.raises(ValueError, match="token -3 is negative"):
@@ -267,7 +280,7 @@ def test_errors_are_typed_and_change_nothing() -> None:
     with pytest.raises(KeyError, match="uid 9"):
         index.end(9)
     with pytest.raises(ValueError, match="uid 1 is open already"):
-        index.begin(1, "other")
+        begin(index, 1, "other")
     with pytest.raises(ValueError, match="offsets"):
         index.extend(np.array([1]), np.array([2], np.int32), np.array([0, 2]))
     with pytest.raises(ValueError, match="negative"):
@@ -281,11 +294,11 @@ def test_errors_are_typed_and_change_nothing() -> None:
 
 def test_a_closed_index_refuses() -> None:
     index = _native.SuffixIndexSet()
-    index.begin(1, "p")
+    begin(index, 1, "p")
     Drafts(index, [1], limit=2)
     index.close()
     for call in (
-        lambda: index.begin(2, "p"),
+        lambda: begin(index, 2, "p"),
         lambda: index.end(1),
         lambda: extend(index, [1], [[2]]),
         lambda: Drafts(index, [1], limit=2),
@@ -298,13 +311,13 @@ def test_a_closed_index_refuses() -> None:
 def test_a_request_keeps_the_tier_it_began_with() -> None:
     index = _native.SuffixIndexSet()
     publish(index, "p", [[1, 2, 3]] * 3, [1.0] * 3)
-    index.begin(1, "p")
+    begin(index, 1, "p")
     rng = np.random.default_rng(0)
     noise = rng.integers(10, 20, 200_000).tolist()
     values, offsets = arrays([[4, 5, 6]] * 9 + [noise])
-    index.publish("p", values, offsets, np.ones(10, np.float32))
+    index.publish("p", values, offsets, np.ones(10, np.float32), np.ones(10, np.uint8))
     while_building = Drafts(index, [1], limit=3).tokens
-    index.begin(2, "p")  # waits for the rebuild of its prompt
+    begin(index, 2, "p")  # waits for the rebuild of its prompt
     assert Drafts(index, [1, 2], limit=3).tokens == [*while_building, [4, 5, 6]]
     assert while_building == [[1, 2, 3]]
 
@@ -317,7 +330,7 @@ def test_readers_run_while_prompts_are_rebuilt() -> None:
     publish(index, "p", history, [1.0] * 3)
     uids = list(range(8))
     for uid in uids:
-        index.begin(uid, "p")
+        begin(index, uid, "p")
     extend(index, uids, [rng.integers(0, 4, 30).tolist() for _ in uids])
     before = Drafts(index, uids, limit=8).tokens
     stop = threading.Event()
@@ -335,7 +348,7 @@ def test_readers_run_while_prompts_are_rebuilt() -> None:
     try:
         for i in range(300):
             assert Drafts(index, uids, limit=8).tokens == before
-            index.begin(100 + i, "p")
+            begin(index, 100 + i, "p")
             extend(index, [100 + i], [[1, 2, 3]])
             index.end(100 + i)
     finally:
@@ -371,5 +384,4 @@ def test_visits_fade_exactly_in_the_frozen_tier() -> None:
         records = [HistoryRecord("p", step, step, np.array([5, step], np.int32))]
         history.add(records)
         indexes.publish(records)
-    # The prompt weighs as much as a visit just before the window: decay**3.
-    assert indexes.follow_weights("p", [5]) == {1: 0.125, 2: 0.25, 3: 0.5, 4: 1.0}
+    assert indexes.follow_weights("p", [5]) == {2: 0.25, 3: 0.5, 4: 1.0}

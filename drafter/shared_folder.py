@@ -1,0 +1,98 @@
+"""Built indexes that all workers of a node share: one builds, the others map the files it wrote.
+
+Invariants
+- A file is named after what it was built from (prompt and newest visit), so an old one is never taken for a new one;
+  the index puts it in place whole, by one rename.
+- A promise (an empty file beside it) is there before the builder's publish returns: a reader that finds neither file
+  nor promise builds for itself at once, one that finds a promise waits for it, at most `timeout_s`.
+- The folder lies in memory (/dev/shm) and belongs to one job: its owner makes it for itself alone and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+MEMORY = Path("/dev/shm")
+PREFIX = "slipstream-"
+POLL_S = 0.002
+
+Role = Literal["builder", "reader"]
+
+
+def make_folder() -> Path:
+    """A new folder in memory, named after this process; what earlier jobs that died have left behind goes first."""
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    for old in parent.glob(f"{PREFIX}*"):
+        pid = old.name.removeprefix(PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and old.stat().st_uid == os.getuid():
+                shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+
+
+@dataclass(slots=True)
+class SharedFolder:
+    """One worker's view of the folder. role: exactly one worker of a node is its builder."""
+
+    path: Path
+    role: Role
+    timeout_s: float = 30.0
+    num_mapped: int = 0
+    num_missed: int = 0
+    _current: dict[str, Path] = field(default_factory=dict)
+
+    def index_file(self, prompt_id: str, version: int) -> Path:
+        """Where the frozen tier of a prompt lies. version: the newest visit it holds."""
+        name = hashlib.blake2b(prompt_id.encode(), digest_size=12).hexdigest()
+        return self.path / f"{name}-{version}.index"
+
+    def text_file(self, version: int) -> Path:
+        """Where the shared text lies."""
+        return self.path / f"text-{version:012d}.shared"
+
+    def promise(self, name: str, file: Path) -> None:
+        """Builder: says that `file` is on its way, and removes the one that it replaces under `name`."""
+        with contextlib.suppress(OSError):
+            _promise_of(file).touch()
+        old = self._current.get(name)
+        self._current[name] = file
+        if old is not None and old != file:
+            self.remove(old)
+
+    def forget(self, name: str) -> None:
+        """Builder: removes what lies under `name`; who has mapped it keeps it."""
+        old = self._current.pop(name, None)
+        if old is not None:
+            self.remove(old)
+
+    def remove(self, file: Path) -> None:
+        """Removes a file and its promise."""
+        for path in (file, _promise_of(file)):
+            path.unlink(missing_ok=True)
+
+    def find(self, file: Path) -> bool:
+        """Reader: whether `file` is there, after waiting for it if it was promised."""
+        deadline = time.monotonic() + self.timeout_s
+        while not file.exists():
+            if not _promise_of(file).exists() or time.monotonic() > deadline:
+                self.num_missed += 1
+                return False
+            time.sleep(POLL_S)
+        self.num_mapped += 1
+        return True
+
+    def newest_text(self) -> Path | None:
+        """Reader: the newest shared text that is complete."""
+        return max(self.path.glob("text-*.shared"), default=None)
+
+
+def _promise_of(file: Path) -> Path:
+    return file.with_name(file.name + ".promised")

@@ -1,0 +1,158 @@
+// The frozen tier: one prompt's weighted history as an immutable suffix automaton in one block of memory.
+//
+// Invariants
+// - The block is position independent: it may be copied, written to a file and mapped by other processes as it is.
+// - It never changes once built: any number of threads and processes read it without a lock.
+// - w(s) is the summed weight of the occurrences of s.
+// - States lie in the order of their heaviest continuations: drafting reads memory forwards.
+#pragma once
+#include <array>
+#include <cstring>
+#include <ctime>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "suffix_live.h"
+
+namespace slipstream {
+
+constexpr uint32_t kLinearScan = 8;
+constexpr int32_t kFrozenRoot = 0;
+
+inline double thread_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// Weighted sequences to index, oldest first. ages: visits since each was sampled (1: the newest).
+struct Corpus {
+  std::vector<int32_t> tokens;
+  std::vector<int64_t> offsets;
+  std::vector<float> weights;
+  std::vector<uint8_t> ages;
+};
+
+constexpr char kFrozenMagic[9] = "SLPFRZ01";
+
+class Frozen {
+ public:
+  // Raises BadBlock or std::system_error.
+  static std::shared_ptr<const Frozen> map(const std::string& path) {
+    return std::make_shared<const Frozen>(Block::map(path, kFrozenMagic));
+  }
+
+  // sizes of the header: states, places of other edges, sequences, tokens.
+  explicit Frozen(std::shared_ptr<const char> block) : block_(std::move(block)) {
+    const BlockHeader& h = Block::header(block_.get());
+    states_ = reinterpret_cast<const State*>(block_.get() + sizeof h);
+    others_ = reinterpret_cast<const Edge*>(states_ + h.sizes[0]);
+    ages_ = reinterpret_cast<const uint8_t*>(others_ + h.sizes[1]);
+  }
+
+  static size_t block_bytes(size_t states, size_t others, size_t sequences) {
+    return (sizeof(BlockHeader) + states * sizeof(State) + others * sizeof(Edge) + sequences + 7) / 8 * 8;
+  }
+
+  void write(const std::string& path) const { Block::write(block_.get(), path); }
+  size_t num_tokens() const { return Block::header(block_.get()).sizes[3]; }
+  size_t bytes() const { return Block::header(block_.get()).bytes; }
+
+  static constexpr int32_t root() { return kFrozenRoot; }
+  const State& state(int32_t at) const { return states_[at]; }
+  bool best(int32_t at, Child& out) const {
+    const State& s = states_[at];
+    if (s.token == kNoToken) return false;
+    const State& to = states_[s.target];
+    out = {s.token, s.target, to.weight, to.mark};
+    return true;
+  }
+  template <typename Visit>
+  void each_edge(int32_t at, Visit visit) const {
+    const State& s = states_[at];
+    if (s.token == kNoToken) return;
+    visit(s.token, s.target);
+    for (uint32_t i = s.more; i < s.more + s.slots; ++i)
+      if (others_[i].token != kNoToken) visit(others_[i].token, others_[i].target);
+  }
+  int32_t find(int32_t at, int32_t token) const {
+    const State& s = states_[at];
+    return s.token == token ? s.target : find_other(at, token);
+  }
+
+  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens.
+  struct Walk {
+    const int32_t *next, *last;
+    int32_t at, matched;
+    bool looks_at_others;
+    bool done() const { return next == last; }
+  };
+
+  // Goes on until the walk needs memory that is not near, and prefetches that: a caller that takes turns between many
+  // walks waits for none of them. Amortised constant time per token.
+  void advance(Walk& walk) const {
+    if (walk.matched < 0) walk.matched = states_[walk.at].length;
+    if (walk.looks_at_others) {
+      walk.looks_at_others = false;
+      return move(walk, find_other(walk.at, *walk.next));
+    }
+    const State* s = &states_[walk.at];
+    while (s->token == *walk.next) {
+      ++walk.matched;
+      const int32_t target = s->target;
+      const bool near = target == walk.at + 1;
+      walk.at = target;
+      s = &states_[target];
+      if (++walk.next == walk.last || !near) return prefetch(s);
+    }
+    if (!s->slots) return move(walk, -1);
+    walk.looks_at_others = true;
+    prefetch(&others_[first_slot(*s, *walk.next)]);
+  }
+
+  uint8_t age(int32_t mark) const { return ages_[mark]; }
+
+  static uint32_t home_slot(int32_t token, uint32_t slots) {
+    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
+  }
+
+ private:
+  void move(Walk& walk, int32_t target) const {
+    if (target >= 0) {
+      walk.at = target;
+      ++walk.matched;
+      ++walk.next;
+    } else if (walk.at == kFrozenRoot) {
+      ++walk.next;
+    } else {
+      walk.at = states_[walk.at].link;
+      walk.matched = -1;  // the length of the state, once it is loaded
+    }
+    prefetch(&states_[walk.at]);
+  }
+
+  uint32_t first_slot(const State& s, int32_t token) const {
+    return s.slots <= kLinearScan ? s.more : s.more + home_slot(token, s.slots);
+  }
+
+  int32_t find_other(int32_t at, int32_t token) const {
+    const uint32_t slots = states_[at].slots;
+    const Edge* edges = others_ + states_[at].more;
+    if (slots <= kLinearScan) {
+      for (uint32_t i = 0; i < slots; ++i)
+        if (edges[i].token == token) return edges[i].target;
+      return -1;
+    }
+    uint32_t i = home_slot(token, slots);
+    while (edges[i].token != token && edges[i].token != kNoToken) i = (i + 1) & (slots - 1);
+    return edges[i].token == token ? edges[i].target : -1;
+  }
+
+  std::shared_ptr<const char> block_;
+  const State* states_;  // `more` is where its other edges begin, `slots` how many places they take
+  const Edge* others_;
+  const uint8_t* ages_;
+};
+
+}  // namespace slipstream

@@ -1,0 +1,138 @@
+"""How often draft tokens are accepted, measured: turns what a drafter counts into probabilities.
+
+Invariants
+- A token is observed if all before it on its path were accepted: accepted is 1, the first rejected is 0, what comes
+  after says nothing. Tokens after the end of a response say nothing either.
+- A rare cell leans on its neighbours: its estimate is pulled, with the weight of `prior_weight` tokens, towards that of
+  all match lengths together, and that one towards the relative weight itself (nested shrinkage; ours).
+- Plain sums: models of several workers are added, and what is older fades by a factor per training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS
+
+NUM_CURVE_BUCKETS = 10
+FADE_PER_STEP = 0.99
+
+
+class AcceptanceModel:
+    """Observed and accepted tokens by calibration cell, and the reliability curve of path probabilities.
+
+    seen, accepted: [NUM_CELLS] float64. curve: [3, NUM_CURVE_BUCKETS] float64, for draft tokens whose estimated path
+    probability falls into each tenth: how many, the sum of the estimates, and how many were accepted with their path.
+    squared_error: summed (estimate - outcome)**2 of the same tokens.
+    """
+
+    def __init__(self, prior_weight: float = 8.0) -> None:
+        if not prior_weight > 0.0:
+            raise ValueError(f"prior_weight is {prior_weight}; allowed: above 0")
+        self.prior_weight = prior_weight
+        self.seen, self.accepted = np.zeros(NUM_CELLS), np.zeros(NUM_CELLS)
+        self.curve = np.zeros((3, NUM_CURVE_BUCKETS))
+        self.squared_error = 0.0
+
+    def observe(
+        self, cells: np.ndarray, probs: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, ended: np.ndarray
+    ) -> None:
+        """Takes in one verified step of chains.
+
+        cells, probs: [rows, width] as in DraftBatch; drafted, accepted: [rows], tokens verified and kept; ended: [rows]
+        bool, the response ended in this step, so that no draft token was rejected.
+        """
+        width = int(drafted.max(initial=0))
+        if width == 0:
+            return
+        column = np.arange(width)
+        kept = column < accepted[:, None]
+        reached = column < np.where(ended, accepted, np.minimum(drafted, accepted + 1))[:, None]
+        known = reached & (cells[:, :width] >= 0)
+        self.seen += np.bincount(cells[:, :width][known], minlength=NUM_CELLS)
+        self.accepted += np.bincount(cells[:, :width][known & kept], minlength=NUM_CELLS)
+        self._observe_curve(probs[:, :width], kept, (column < drafted[:, None]) & (~ended[:, None] | kept))
+
+    def _observe_curve(self, probs: np.ndarray, kept: np.ndarray, judged: np.ndarray) -> None:
+        estimate, outcome = probs[judged].astype(np.float64), kept[judged].astype(np.float64)
+        estimate = np.clip(np.nan_to_num(estimate), 0.0, 1.0)
+        bucket = np.minimum((estimate * NUM_CURVE_BUCKETS).astype(np.int64), NUM_CURVE_BUCKETS - 1)
+        for row, weights in enumerate((np.ones_like(estimate), estimate, outcome)):
+            self.curve[row] += np.bincount(bucket, weights, NUM_CURVE_BUCKETS)
+        self.squared_error += float(((estimate - outcome) ** 2).sum())
+
+    def probabilities(self) -> np.ndarray:
+        """[NUM_CELLS] float32: the probability that a token of each cell is accepted, given that its path was."""
+        seen, accepted = self.seen.reshape(CELL_SHAPE), self.accepted.reshape(CELL_SHAPE)
+        k = self.prior_weight
+        weight = (np.arange(NUM_WEIGHT_BUCKETS) + 0.5) / NUM_WEIGHT_BUCKETS
+        any_match = (accepted.sum(axis=1) + k * weight) / (seen.sum(axis=1) + k)
+        return ((accepted + k * any_match[:, None]) / (seen + k)).ravel().astype(np.float32)
+
+    def add(self, other: AcceptanceModel) -> None:
+        """Adds what another model observed."""
+        self.seen += other.seen
+        self.accepted += other.accepted
+        self.curve += other.curve
+        self.squared_error += other.squared_error
+
+    def minus(self, earlier: AcceptanceModel) -> AcceptanceModel:
+        """What was observed since `earlier`, a copy of this model as it was."""
+        out = AcceptanceModel(self.prior_weight)
+        out.seen, out.accepted = self.seen - earlier.seen, self.accepted - earlier.accepted
+        out.curve = self.curve - earlier.curve
+        out.squared_error = self.squared_error - earlier.squared_error
+        return out
+
+    def copy(self) -> AcceptanceModel:
+        """An independent copy."""
+        out = AcceptanceModel(self.prior_weight)
+        out.add(self)
+        return out
+
+    def fade(self, factor: float = FADE_PER_STEP) -> None:
+        """Step boundary: what was observed under older policies counts less."""
+        self.seen *= factor
+        self.accepted *= factor
+        self.curve *= factor
+        self.squared_error *= factor
+
+    def metrics(self) -> dict[str, float]:
+        """drafter/calibration_error: mean |estimate - accepted share| over the curve's tokens; drafter/brier."""
+        count, estimate, accepted = self.curve
+        total = count.sum()
+        if total == 0.0:
+            return {}
+        return {
+            "drafter/calibration_error": float(np.abs(estimate - accepted).sum() / total),
+            "drafter/brier": self.squared_error / float(total),
+        }
+
+    def reliability(self) -> list[dict[str, float]]:
+        """The curve as rows: mean estimate, share accepted and number of tokens of every tenth that has any."""
+        rows = zip(*self.curve.tolist(), strict=True)
+        return [{"estimate": p / n, "accepted": a / n, "tokens": n} for n, p, a in rows if n > 0.0]
+
+    def to_arrays(self) -> dict[str, list[float]]:
+        """Everything as lists of numbers, for JSON."""
+        return {
+            "seen": self.seen.tolist(),
+            "accepted": self.accepted.tolist(),
+            "curve": self.curve.ravel().tolist(),
+            "squared_error": [self.squared_error],
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, list[float]]) -> AcceptanceModel:
+        """The model of `to_arrays`. Raises ValueError for other sizes (another version's cells) and impossible counts.
+        """
+        model = cls()
+        for name, target in (("seen", model.seen), ("accepted", model.accepted), ("curve", model.curve)):
+            values = np.asarray(arrays[name], np.float64)
+            if values.size != target.size or not (np.isfinite(values) & (values >= 0.0)).all():
+                raise ValueError(f"acceptance: {name} has {values.size} values; allowed: {target.size} of 0 or more")
+            target[...] = values.reshape(target.shape)
+        model.squared_error = float(arrays["squared_error"][0])
+        return model
