@@ -5,12 +5,14 @@ Invariants
   the index puts it in place whole, by one rename.
 - A promise (an empty file beside it) is there before the builder's publish returns: a reader that finds neither file
   nor promise builds for itself at once, one that finds a promise waits for it, at most `timeout_s`.
-- The folder lies in memory (/dev/shm) and belongs to one job: its owner makes it for itself alone and removes it.
+- The folder lies in memory (/dev/shm), belongs to one process, which makes it for itself alone and holds its lock, and
+  goes with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -21,21 +23,41 @@ from pathlib import Path
 from typing import Literal
 
 MEMORY = Path("/dev/shm")
-PREFIX = "slipstream-"
+PREFIX = "slipstream-index-"
 POLL_S = 0.002
 
 Role = Literal["builder", "reader"]
 
 
 def make_folder() -> Path:
-    """A new folder in memory, named after this process; what earlier jobs that died have left behind goes first."""
+    """A new folder in memory, locked by this process; what earlier jobs that died have left behind goes first."""
     parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     for old in parent.glob(f"{PREFIX}*"):
-        pid = old.name.removeprefix(PREFIX).partition("-")[0]
         with contextlib.suppress(OSError):
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and old.stat().st_uid == os.getuid():
+            if old.stat().st_uid == os.getuid() and _lock(old) is not None:
                 shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+        lock = _lock(folder)
+        # Another process may have taken the folder for a dead one's before the lock was there.
+        if lock is not None and folder.exists():
+            _LOCKS.append(lock)
+            return folder
+
+
+_LOCKS: list[int] = []
+"""Open for as long as this process lives: the kernel lets go of a lock when its owner dies, in whatever container."""
+
+
+def _lock(folder: Path) -> int | None:
+    """The folder's lock, or None when a living process holds it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 @dataclass(slots=True)
@@ -47,27 +69,28 @@ class SharedFolder:
     timeout_s: float = 30.0
     num_mapped: int = 0
     num_missed: int = 0
-    _current: dict[str, Path] = field(default_factory=dict)
+    _current: dict[str | None, Path] = field(default_factory=dict)
 
-    def index_file(self, prompt_id: str, version: int) -> Path:
-        """Where the frozen tier of a prompt lies. version: the newest visit it holds."""
+    def index_file(self, prompt_id: str, visit: int, num_records: int) -> Path:
+        """Where the frozen tier of a prompt lies. visit: the newest it holds; num_records: all it holds."""
         name = hashlib.blake2b(prompt_id.encode(), digest_size=12).hexdigest()
-        return self.path / f"{name}-{version}.index"
+        return self.path / f"{name}-{visit}-{num_records}.index"
 
     def text_file(self, version: int) -> Path:
         """Where the shared text lies."""
         return self.path / f"text-{version:012d}.shared"
 
-    def promise(self, name: str, file: Path) -> None:
-        """Builder: says that `file` is on its way, and removes the one that it replaces under `name`."""
+    def promise(self, name: str | None, file: Path) -> None:
+        """Builder: says that `file` is on its way, and removes the one that it replaces. name: prompt_id, None: the
+        shared text."""
         with contextlib.suppress(OSError):
-            _promise_of(file).touch()
+            _promise_of(file).touch(mode=0o600)
         old = self._current.get(name)
         self._current[name] = file
         if old is not None and old != file:
             self.remove(old)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str | None) -> None:
         """Builder: removes what lies under `name`; who has mapped it keeps it."""
         old = self._current.pop(name, None)
         if old is not None:
@@ -79,14 +102,18 @@ class SharedFolder:
             path.unlink(missing_ok=True)
 
     def find(self, file: Path) -> bool:
-        """Reader: whether `file` is there, after waiting for it if it was promised."""
+        """Reader: whether `file` is there, after waiting for it if it was promised.
+
+        A builder that has broken one promise is not waited for again.
+        """
         deadline = time.monotonic() + self.timeout_s
         while not file.exists():
-            if not _promise_of(file).exists() or time.monotonic() > deadline:
-                self.num_missed += 1
+            if not _promise_of(file).exists():
+                return False
+            if time.monotonic() > deadline:
+                self.timeout_s = 0.0
                 return False
             time.sleep(POLL_S)
-        self.num_mapped += 1
         return True
 
     def newest_text(self) -> Path | None:

@@ -61,8 +61,8 @@ class SuffixDrafter:
     weight, in newest occurrences, of "something never seen here". index: `native` needs the extension (KernelError
     without it), `reference` is plain Python, `auto` takes native when it is built; `index_name` and `index_reason` tell
     which and why. The rest is of the native index alone. max_index_tokens: cap over all prompts; shared_tokens: of the
-    newest rollouts of all prompts together, 0 keeps every prompt to itself; num_threads: for batches of 512 and more;
-    folder: where the workers of a node share what one of them builds.
+    newest rollouts of all prompts together, 0 keeps every prompt to itself; num_threads: for batches of threads_from
+    rows and more; folder: where the workers of a node share what one of them builds.
     """
 
     name = "suffix"
@@ -77,6 +77,7 @@ class SuffixDrafter:
         max_index_tokens: int = 64_000_000,
         shared_tokens: int = 4_000_000,
         num_threads: int = 1,
+        threads_from: int = 512,
         folder: SharedFolder | None = None,
     ) -> None:
         if not 0.0 < decay <= 1.0:
@@ -89,7 +90,15 @@ class SuffixDrafter:
         self._indexes: SuffixIndexes
         if self.index_name == "native":
             self._indexes = NativeSuffixIndexes(
-                self.history, min_match, decay, escape, max_index_tokens, shared_tokens, num_threads, folder
+                self.history,
+                min_match,
+                decay,
+                escape,
+                max_index_tokens,
+                shared_tokens,
+                num_threads,
+                threads_from,
+                folder,
             )
         else:
             self._indexes = PlainSuffixIndexes(self.history, min_match, decay, escape)

@@ -30,9 +30,10 @@ SHARED_REBUILD_SHARE = 0.25
 
 @dataclass(slots=True)
 class _Held:
-    """A prompt that has an index. version: newest visit in it; num_tokens: in its frozen tier; num_open: requests."""
+    """A prompt that has an index. version: newest visit and number of records in it; num_tokens: in its frozen tier;
+    num_open: requests."""
 
-    version: int = -1
+    version: tuple[int, int] = (-1, 0)
     num_tokens: int = 0
     num_open: int = 0
 
@@ -49,13 +50,16 @@ class NativeSuffixIndexes:
         max_index_tokens: int,
         shared_tokens: int = 0,
         num_threads: int = 1,
+        threads_from: int = 512,
         folder: SharedFolder | None = None,
     ) -> None:
         if _native is None:
             raise KernelError(f"index=native: the extension is not built ({NATIVE_ERROR})")
         self.history, self.decay, self.max_index_tokens = history, decay, max_index_tokens
         self.shared_tokens, self.folder = shared_tokens, folder
-        self._set = _native.SuffixIndexSet(min_match=min_match, escape=escape, threads=num_threads)
+        self._set = _native.SuffixIndexSet(
+            min_match=min_match, escape=escape, threads=num_threads, threads_from=threads_from
+        )
         self._prompts: OrderedDict[str, _Held] = OrderedDict()
         self._prompt_of: dict[int, str] = {}
         self._num_tokens = self._num_shared = self._num_new = self._text_version = 0
@@ -144,21 +148,23 @@ class NativeSuffixIndexes:
         """prompts, open_requests, and tokens and bytes of the frozen, live and shared text."""
         return dict(self._set.stats())
 
-    def _newest(self, prompt_id: str) -> int:
+    def _newest(self, prompt_id: str) -> tuple[int, int]:
         visits = self.history.visits(prompt_id)
-        return visits[-1][0].step if visits else -1
+        return (visits[-1][0].step if visits else -1, sum(map(len, visits)))
 
     def _refresh(self, prompt_id: str) -> None:
         """Maps the builder's index if there is one, else builds."""
         version = self._newest(prompt_id)
         if self.folder is not None and self.folder.role == "reader":
-            file = self.folder.index_file(prompt_id, version)
+            file = self.folder.index_file(prompt_id, *version)
             # A builder may replace a file between the look and the mapping; what was right a moment ago is rebuilt.
             with contextlib.suppress(OSError, _native.BadIndexFileError):
                 if self.folder.find(file):
                     self._set.attach(prompt_id, str(file))
                     self._account(prompt_id, version)
+                    self.folder.num_mapped += 1
                     return
+            self.folder.num_missed += 1
         self._build(prompt_id)
 
     def _build(self, prompt_id: str) -> None:
@@ -172,13 +178,13 @@ class NativeSuffixIndexes:
         values, offsets = _flat(texts)
         version, path = self._newest(prompt_id), ""
         if self.folder is not None and self.folder.role == "builder":
-            file = self.folder.index_file(prompt_id, version)
+            file = self.folder.index_file(prompt_id, *version)
             self.folder.promise(prompt_id, file)
             path = str(file)
         self._set.publish(prompt_id, values, offsets, np.array(weights, np.float32), np.array(ages, np.uint8), path)
         self._account(prompt_id, version)
 
-    def _account(self, prompt_id: str, version: int) -> None:
+    def _account(self, prompt_id: str, version: tuple[int, int]) -> None:
         held = self._prompts[prompt_id]
         num_tokens = sum(len(record.tokens) for records in self.history.visits(prompt_id) for record in records)
         self._num_tokens += num_tokens - held.num_tokens
@@ -197,15 +203,15 @@ class NativeSuffixIndexes:
             return
         records = sorted(self.history, key=lambda record: record.step)
         kept, total = [], 0
-        while records and total + len(records[-1].tokens) <= self.shared_tokens:
-            kept.append(records.pop().tokens)
+        while records and total < self.shared_tokens:
+            kept.append(records.pop().tokens[: self.shared_tokens - total])
             total += len(kept[-1])
         values, offsets = _flat(kept[::-1])
         path = ""
         if self.folder is not None:
             self._text_version += 1
             file = self.folder.text_file(self._text_version)
-            self.folder.promise("", file)
+            self.folder.promise(None, file)
             path = str(file)
         self._set.publish_shared(values, offsets, path)
         self._num_shared, self._num_new = total, 0

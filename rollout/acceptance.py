@@ -18,6 +18,7 @@ from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUC
 
 NUM_CURVE_BUCKETS = 10
 FADE_PER_STEP = 0.99
+RELIABILITY_KEYS = tuple(f"{10 * i + 5:02d}" for i in range(NUM_CURVE_BUCKETS))
 
 
 class AcceptanceModel:
@@ -100,15 +101,24 @@ class AcceptanceModel:
         self.squared_error *= factor
 
     def metrics(self) -> dict[str, float]:
-        """drafter/calibration_error: mean |estimate - accepted share| over the curve's tokens; drafter/brier."""
+        """What the curve says, under drafter/; empty when nothing was drafted.
+
+        calibration_error: |estimate - accepted share|, averaged over the tokens; brier: mean squared error of the
+        estimates; reliability/35: share accepted of the tokens estimated at 0.3 to 0.4, and reliability_tokens/35 how
+        many they are, for every tenth that has any.
+        """
         count, estimate, accepted = self.curve
         total = count.sum()
-        if total == 0.0:
+        if total <= 0.0:
             return {}
-        return {
+        out = {
             "drafter/calibration_error": float(np.abs(estimate - accepted).sum() / total),
             "drafter/brier": self.squared_error / float(total),
         }
+        for i in np.flatnonzero(count > 0.0):
+            out[f"drafter/reliability/{RELIABILITY_KEYS[i]}"] = float(accepted[i] / count[i])
+            out[f"drafter/reliability_tokens/{RELIABILITY_KEYS[i]}"] = float(count[i])
+        return out
 
     def reliability(self) -> list[dict[str, float]]:
         """The curve as rows: mean estimate, share accepted and number of tokens of every tenth that has any."""
@@ -126,13 +136,15 @@ class AcceptanceModel:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, list[float]]) -> AcceptanceModel:
-        """The model of `to_arrays`. Raises ValueError for other sizes (another version's cells) and impossible counts.
-        """
-        model = cls()
-        for name, target in (("seen", model.seen), ("accepted", model.accepted), ("curve", model.curve)):
+        """The model of `to_arrays`. Raises ValueError for sizes of another version and for impossible counts."""
+        model, error = cls(), np.zeros(1)
+        parts = ("seen", model.seen), ("accepted", model.accepted), ("curve", model.curve), ("squared_error", error)
+        for name, target in parts:
             values = np.asarray(arrays[name], np.float64)
             if values.size != target.size or not (np.isfinite(values) & (values >= 0.0)).all():
                 raise ValueError(f"acceptance: {name} has {values.size} values; allowed: {target.size} of 0 or more")
             target[...] = values.reshape(target.shape)
-        model.squared_error = float(arrays["squared_error"][0])
+        if (model.accepted > model.seen).any():
+            raise ValueError("acceptance: a cell has more accepted tokens than seen; allowed: at most as many")
+        model.squared_error = float(error[0])
         return model

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from slipstream.rollout.acceptance import RELIABILITY_KEYS
 from slipstream.trainer import report_plots as plots
 from slipstream.trainer.errors import SlipstreamError
 from slipstream.trainer.progress import (
@@ -111,8 +112,8 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def pictures(data: RunData) -> list[Picture]:
-    """The four pictures in the order of the page; their texts are the alternative texts too."""
-    return [_reward(data), _rollout_time(data), _lengths(data), _accepted(data)]
+    """The pictures in the order of the page; their texts are the alternative texts too."""
+    return [_reward(data), _rollout_time(data), _lengths(data), _accepted(data), _reliability(data)]
 
 
 def key_figures(data: RunData) -> list[tuple[str, str]]:
@@ -215,6 +216,27 @@ def _accepted(data: RunData) -> Picture:
         f"Draft tokens accepted per forward round of a request: {first:.2f} in the first step, {last:.2f} in the last."
     )
     return Picture(title, text, plots.accepted_figure(points))
+
+
+def _reliability(data: RunData) -> Picture:
+    title = "Does the drafter know what will be accepted?"
+    points = []
+    for key in RELIABILITY_KEYS:
+        shares = dict(_points(data.records, f"drafter/reliability/{key}"))
+        tokens = dict(_points(data.records, f"drafter/reliability_tokens/{key}"))
+        total = sum(tokens.values())
+        if total:
+            accepted = sum(shares[step] * tokens[step] for step in tokens if step in shares)
+            points.append((int(key) / 100, accepted / total, total))
+    if not points:
+        return Picture(title, "No draft token carried an estimate.", None)
+    total = sum(tokens for *_, tokens in points)
+    error = sum(abs(estimate - share) * tokens for estimate, share, tokens in points) / total
+    text = (
+        f"{total:,.0f} draft tokens by their estimated probability of being accepted together with all before them; "
+        f"estimates and outcomes differ by {error:.3f} on average."
+    )
+    return Picture(title, text, plots.reliability_figure(points))
 
 
 def _first_and_last_epoch(data: RunData) -> dict[str, np.ndarray]:

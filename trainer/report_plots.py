@@ -1,4 +1,4 @@
-"""The four pictures of a report, as matplotlib figures without any global state.
+"""The pictures of a report, as matplotlib figures without any global state.
 
 Invariants
 - Every function takes plain numbers and draws what it is given: no smoothing without the raw points beside
@@ -111,6 +111,19 @@ def accepted_figure(points: Sequence[Point]) -> Figure:
     steps, accepted = _columns(points)
     axes.plot(steps, accepted, "o-", color=BLUE, linewidth=1.8, markersize=_marker_size(steps))
     axes.set_ylim(bottom=0, top=max(float(accepted.max()) * 1.15, 0.5))
+    return figure
+
+
+def reliability_figure(points: Sequence[tuple[float, float, float]]) -> Figure:
+    """(estimate, share accepted, tokens) of each tenth, beside a perfect estimate's diagonal; areas show tokens."""
+    figure, axes = _axes("estimated probability of acceptance", "share accepted")
+    axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="estimate = share")
+    estimate, share, tokens = np.array(points).T
+    axes.plot(estimate, share, "-", color=BLUE, linewidth=1.6)
+    axes.scatter(estimate, share, s=20 + 180 * tokens / tokens.max(), color=BLUE, label="draft tokens", zorder=3)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    _legend(axes)
     return figure
 
 

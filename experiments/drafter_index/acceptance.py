@@ -103,6 +103,9 @@ def make_arms(steps_per_epoch: int, peer: Peer | None) -> dict[str, Arm]:
     window, decay = defaults["window_epochs"] * steps_per_epoch, defaults["decay"] ** (1 / steps_per_epoch)
     arms = {
         "suffix": Arm(lambda: SuffixDrafter(index="native")),
+        "suffix_prompt_only": Arm(lambda: SuffixDrafter(shared_tokens=0, index="native")),
+        "suffix_decay_0.8": Arm(lambda: SuffixDrafter(decay=0.8, index="native")),
+        "suffix_decay_1": Arm(lambda: SuffixDrafter(decay=1.0, index="native")),
         "ngram": Arm(NgramDrafter),
         "last_epoch_only": Arm(lambda: SuffixDrafter(window_epochs=1, index="native")),
         "global_scope": Arm(lambda: SuffixDrafter(window_epochs=window, decay=decay, index="native"), one_scope=True),

@@ -24,13 +24,29 @@ NO_PROMPT = np.zeros(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """rounds, drafted, accepted: [texts] int64, by text. step_us: CPU microseconds of propose + extend, one for every
-    step in which all texts were live."""
+    """rounds, drafted, accepted: [texts] int64, by text. step_us, wall_us: CPU microseconds of this thread, and wall
+    ones, of propose + extend, one for every step in which all texts were live."""
 
     rounds: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
     step_us: list[float]
+    wall_us: list[float]
+
+
+class _Clock:
+    """CPU seconds of this thread and wall seconds between start and stop, summed; starts at once."""
+
+    def __init__(self) -> None:
+        self.cpu_s = self.wall_s = 0.0
+        self.start()
+
+    def start(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+
+    def stop(self) -> None:
+        self.cpu_s += time.thread_time() - self._cpu
+        self.wall_s += time.perf_counter() - self._wall
 
 
 class _Texts:
@@ -83,25 +99,26 @@ def decode(
         drafter.begin(text.uid, text.prompt_id, prompts.get(text.prompt_id, NO_PROMPT))
     table, steps = _Texts(texts, prompts, width), 0
     rounds, drafted, accepted = np.zeros((3, len(texts)), np.int64)
-    done = Decoded(rounds, drafted, accepted, [])
+    done = Decoded(rounds, drafted, accepted, [], [])
     limit = max_tokens or int(table.lengths.max())
     out = DraftBatch.empty(len(texts), width)
     rows = np.arange(len(texts))
     while len(rows) and (max_steps is None or steps < max_steps):
         live = table.live_batch(rows, limit)
         price = Price(np.minimum(width, live.num_remaining - 1), np.full(len(rows), min_accept_prob, np.float32))
-        started = time.thread_time()
+        clock = _Clock()
         out.clear(len(rows))
         drafter.propose(live, price, out)
-        seconds = time.thread_time() - started
+        clock.stop()
         taken, tokens = table.judge(rows, out)
         table.at[rows] += taken.astype(np.int32)
         live = table.live_batch(rows, limit)
-        started = time.thread_time()
+        clock.start()
         drafter.extend(live, tokens)
-        seconds += time.thread_time() - started
+        clock.stop()
         if len(rows) == len(texts):
-            done.step_us.append(1e6 * seconds)
+            done.step_us.append(1e6 * clock.cpu_s)
+            done.wall_us.append(1e6 * clock.wall_s)
         _learn(acceptance, drafter, out, taken, table.at[rows] >= table.lengths[rows], steps)
         rounds[rows] += 1
         drafted[rows] += out.count[: len(rows)]

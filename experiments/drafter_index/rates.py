@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,13 +32,18 @@ class Timing:
     rounds: int
 
 
-def index_rates(corpus: Corpus, timing: Timing) -> dict[str, float]:
+def index_rates(corpus: Corpus, timing: Timing) -> dict[str, Any]:
     """All rates of the native index."""
     return {
         **build_rates(corpus, timing.rounds),
         **live_rates(corpus, timing.rounds),
         "step_us_256": step_time(corpus, MANY, timing),
         "step_us_1024": step_time(corpus, MOST, timing),
+        "step_wall_us": {
+            f"{rows}_rows_{threads}_threads": step_wall_time(corpus, rows, threads, timing)
+            for rows in (MANY, 2 * MANY, MOST)
+            for threads in (1, 2)
+        },
     }
 
 
@@ -70,6 +76,7 @@ def live_rates(corpus: Corpus, rounds: int) -> dict[str, float]:
             index.publish(
                 str(prompt), samples.ravel(), ends, np.ones(num_samples, np.float32), np.ones(num_samples, np.uint8)
             )
+        index.publish_shared(corpus.rollouts.ravel(), np.arange(num_prompts * num_samples + 1, dtype=np.int64) * length)
         for uid in range(rows):
             index.begin(uid, str(uid // each), np.zeros(0, np.int32))
         texts = corpus.held_out.reshape(rows, length)
@@ -77,14 +84,17 @@ def live_rates(corpus: Corpus, rounds: int) -> dict[str, float]:
         for first in range(0, length - EXTEND_CHUNK + 1, EXTEND_CHUNK):
             index.extend(uids, texts[:, first : first + EXTEND_CHUNK].ravel(), offsets)
         rates.append(rows * (length // EXTEND_CHUNK * EXTEND_CHUNK) / (time.thread_time() - started))
+        index.wait()
         stats = index.stats()
         index.close()
-    tokens, size = stats["frozen_tokens"] + stats["live_tokens"], stats["frozen_bytes"] + stats["live_bytes"]
+    tokens = stats["frozen_tokens"] + stats["live_tokens"]
+    size = stats["frozen_bytes"] + stats["live_bytes"] + stats["shared_bytes"]
     return {
         "extend_tokens_per_s": float(np.median(rates)),
         "bytes_per_token": size / tokens,
         "bytes_per_token_frozen": stats["frozen_bytes"] / stats["frozen_tokens"],
         "bytes_per_token_live": stats["live_bytes"] / stats["live_tokens"],
+        "bytes_per_token_shared": stats["shared_bytes"] / stats["shared_tokens"],
     }
 
 
@@ -98,6 +108,15 @@ def step_time(corpus: Corpus, num_live: int, timing: Timing) -> float:
             drafter.publish(step, records)
         medians.append(np.median(decode(drafter, texts, timing.draft, max_steps=timing.steps).step_us))
     return float(np.median(medians))
+
+
+def step_wall_time(corpus: Corpus, num_live: int, num_threads: int, timing: Timing) -> float:
+    """Wall microseconds of propose + extend in the index alone, its threads used whatever the batch."""
+    texts = corpus.texts(max(1, num_live // len(corpus.rollouts)))
+    drafter = SuffixDrafter(index="native", num_threads=num_threads, threads_from=0)
+    for step, records in corpus.visits():
+        drafter.publish(step, records)
+    return float(np.median(decode(drafter, texts, timing.draft, max_steps=timing.steps).wall_us))
 
 
 def arctic_rates(peer: Peer, corpus: Corpus, timing: Timing) -> dict[str, dict[str, float]]:

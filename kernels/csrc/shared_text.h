@@ -46,7 +46,7 @@ class SharedText {
     return std::make_shared<const SharedText>(Block::map(path, kSharedMagic));
   }
 
-  // sizes of the header: buckets of slots, entries of the text.
+  // sizes of the header: buckets of slots, entries of the text, tokens among them (the others are gaps).
   explicit SharedText(std::shared_ptr<const char> block) : block_(std::move(block)) {
     const BlockHeader& h = Block::header(block_.get());
     num_buckets_ = h.sizes[0];
@@ -56,7 +56,7 @@ class SharedText {
   }
 
   void write(const std::string& path) const { Block::write(block_.get(), path); }
-  size_t num_tokens() const { return size_; }
+  size_t num_tokens() const { return Block::header(block_.get()).sizes[2]; }
   size_t bytes() const { return Block::header(block_.get()).bytes; }
 
   void prefetch_slots(const RecentTokens& recent) const {
@@ -67,11 +67,12 @@ class SharedText {
       if (const Slot* slot = find(order, recent.end())) prefetch(&text_[slot->next]);
   }
 
-  // The best of `best` and the continuations of the known contexts.
-  void draft(const RecentTokens& recent, const Calibration& calibration, const DraftLimits& limits, Draft& best,
+  // The best of `best` and the continuations of the known contexts; whether one of these is it.
+  bool draft(const RecentTokens& recent, const Calibration& calibration, const DraftLimits& limits, Draft& best,
              Draft& spare) const {
+    bool improved = false;
     for (const int order : kOrders) {
-      if (order < limits.min_match) return;
+      if (order < limits.min_match) break;
       const Slot* slot = find(order, recent.end());
       const int matched = slot ? match_before(slot->next, recent) : 0;
       if (matched < order) continue;
@@ -83,8 +84,11 @@ class SharedText {
                        calibration, limits))
           break;
       }
-      if (spare.score > best.score) std::swap(best, spare);
+      if (spare.score <= best.score) continue;
+      std::swap(best, spare);
+      improved = true;
     }
+    return improved;
   }
 
  protected:
@@ -131,24 +135,36 @@ class SharedText {
 // Fills a block that nobody else has seen yet.
 class SharedTextBuilder : private SharedText {
  public:
-  // Sequences oldest first.
+  // Sequences oldest first. Rollouts repeat themselves: mostly a slot for every token is enough for all contexts; where
+  // more than one token in kCrowded meets a full bucket, the table is doubled.
   static std::shared_ptr<const SharedText> build(const std::vector<int32_t>& tokens,
                                                  const std::vector<int64_t>& offsets) {
     size_t buckets = 1;
     while (buckets * kWays < tokens.size()) buckets *= 2;
+    for (;; buckets *= 2)
+      if (auto built = try_build(tokens, offsets, buckets)) return built;
+  }
+
+ private:
+  static constexpr size_t kCrowded = 20;
+
+  static std::shared_ptr<const SharedText> try_build(const std::vector<int32_t>& tokens,
+                                                     const std::vector<int64_t>& offsets, size_t buckets) {
     const size_t size = tokens.size() + offsets.size() - 1;
     if (size > UINT32_MAX) throw std::length_error("the shared text holds at most 2^32 tokens");
     const size_t bytes = (sizeof(BlockHeader) + buckets * kLine + size * sizeof(uint32_t) + 7) / 8 * 8;
     const std::shared_ptr<char> block = Block::allocate(bytes);
-    const uint64_t sizes[5] = {buckets, size, 0, 0, 0};
+    const uint64_t sizes[5] = {buckets, size, tokens.size(), 0, 0};
     std::memcpy(block.get() + offsetof(BlockHeader, sizes), sizes, sizeof sizes);
     std::memset(block.get() + sizeof(BlockHeader), 0, buckets * kLine);
-    SharedTextBuilder(block, tokens, offsets);
+    SharedTextBuilder builder(block, tokens, offsets);
+    if (builder.num_crowded_ > tokens.size() / kCrowded) return nullptr;
+    builder.prefer_long_agreement();
+    builder.mark_votes();
     Block::seal(block.get(), kSharedMagic, bytes);
     return std::make_shared<const SharedText>(block);
   }
 
- private:
   SharedTextBuilder(const std::shared_ptr<char>& block, const std::vector<int32_t>& tokens,
                     const std::vector<int64_t>& offsets)
       : SharedText(block), slots_out_(const_cast<Slot*>(slots_)), text_out_(const_cast<uint32_t*>(text_)) {
@@ -158,18 +174,16 @@ class SharedTextBuilder : private SharedText {
       for (int64_t j = offsets[i]; j < offsets[i + 1]; ++j) text_out_[at++] = static_cast<uint32_t>(tokens[j]);
     }
     each_place([&](int order, size_t place) { vote(order, place); });
-    prefer_long_agreement();
-    mark_votes();
   }
 
-  // Every token with `order` tokens of context; a context may reach back over the gap before its sequence, no further.
+  // Every token with `order` tokens of its sequence before it.
   template <typename Visit>
   void each_place(Visit visit) const {
     for (const int order : kOrders) {
       size_t since_gap = 0;
       for (size_t at = 0; at < size_; ++at) {
         since_gap = token(at) == kGap ? 0 : since_gap + 1;
-        if (since_gap >= static_cast<size_t>(order)) visit(order, at);
+        if (since_gap > static_cast<size_t>(order)) visit(order, at);
       }
     }
   }
@@ -190,6 +204,7 @@ class SharedTextBuilder : private SharedText {
       }
       if (slot->votes < weakest->votes) weakest = slot;
     }
+    ++num_crowded_;
     if (weakest->votes > 0) --weakest->votes;
     else *weakest = {static_cast<uint32_t>(at), to.tag, 0};
   }
@@ -221,6 +236,7 @@ class SharedTextBuilder : private SharedText {
 
   Slot* slots_out_;
   uint32_t* text_out_;
+  size_t num_crowded_ = 0;
 };
 
 }  // namespace slipstream

@@ -85,8 +85,8 @@ void bind_suffix_index(py::module_& m) {
     try {
       if (raised) std::rethrow_exception(raised);
     } catch (const std::system_error& error) {
-      errno = error.code().value();
-      PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+      const py::tuple arguments = py::make_tuple(error.code().value(), error.what());
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
   py::register_exception<BadBlock>(m, "BadIndexFileError", PyExc_ValueError);

@@ -104,10 +104,12 @@ class SuffixIndexSet {
       if (!(weight > 0.0f)) throw std::invalid_argument("weights must be above 0");
     const std::shared_ptr<Prompt> held = entry(prompt_id);
     held->live.reset();
-    builder_.submit(&held->pending, [this, held, path, corpus = std::move(corpus)] {
+    const uint64_t version = ++held->version;
+    builder_.submit(&held->pending, [this, held, version, path, corpus = std::move(corpus)] {
+      if (held->version != version) return;  // a newer one is queued already
       const std::shared_ptr<const Frozen> built = FrozenBuilder::build(corpus, memory_);
       std::atomic_store(&held->frozen, built);
-      write_for_others(*built, path);
+      write_for_others(*built, path, held->version, version);
     });
   }
 
@@ -118,6 +120,7 @@ class SuffixIndexSet {
     require_open();
     const std::shared_ptr<Prompt> held = entry(prompt_id);
     held->live.reset();
+    ++held->version;
     std::atomic_store(&held->frozen, mapped);
   }
 
@@ -131,10 +134,12 @@ class SuffixIndexSet {
       if (static_cast<uint32_t>(token) >= kGap)
         throw std::invalid_argument("token " + std::to_string(token) + " is too large for the shared text; allowed: below " +
                                     std::to_string(kGap));
-    builder_.submit(&shared_pending_, [this, path, tokens = std::move(tokens), offsets = std::move(offsets)] {
+    const uint64_t version = ++shared_version_;
+    builder_.submit(&shared_pending_, [this, version, path, tokens = std::move(tokens), offsets = std::move(offsets)] {
+      if (shared_version_ != version) return;
       const std::shared_ptr<const SharedText> built = SharedTextBuilder::build(tokens, offsets);
       std::atomic_store(&shared_, built);
-      write_for_others(*built, path);
+      write_for_others(*built, path, shared_version_, version);
     });
   }
 
@@ -160,7 +165,9 @@ class SuffixIndexSet {
   void drop(const std::string& prompt_id) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto found = prompts_.find(prompt_id);
-    if (found != prompts_.end()) prompts_.erase(found);
+    if (found == prompts_.end()) return;
+    ++found->second->version;
+    prompts_.erase(found);
   }
 
   void wait() { builder_.wait(nullptr); }
@@ -207,6 +214,7 @@ class SuffixIndexSet {
  private:
   struct Prompt {
     uint32_t number = 0;
+    std::atomic<uint64_t> version{0};  // of the newest frozen tier asked for
     int pending = 0;  // rebuilds queued or running; guarded by the builder
     std::shared_ptr<const Frozen> frozen;
     std::shared_ptr<Live> live;
@@ -215,10 +223,13 @@ class SuffixIndexSet {
   // A file that cannot be written (memory full) costs the other processes a build of their own, nothing else: they are
   // told by the promise that goes away (drafter/shared_folder.py).
   template <typename Tier>
-  void write_for_others(const Tier& tier, const std::string& path) {
-    if (path.empty()) return;
+  void write_for_others(const Tier& tier, const std::string& path, const std::atomic<uint64_t>& newest,
+                        uint64_t version) {
+    if (path.empty() || newest != version) return;
     try {
       tier.write(path);
+      // Who replaced or dropped it meanwhile has looked for the file already.
+      if (newest != version) unlink(path.c_str());
     } catch (const std::system_error&) {
       ++files_failed_;
       unlink((path + ".promised").c_str());
@@ -328,6 +339,7 @@ class SuffixIndexSet {
   std::shared_ptr<const Frozen> empty_;
   std::shared_ptr<const SharedText> shared_;
   int shared_pending_ = 0;
+  std::atomic<uint64_t> shared_version_{0};
   std::atomic<size_t> files_failed_{0};
   Calibration calibration_;
   uint32_t num_prompts_ever_ = 0;

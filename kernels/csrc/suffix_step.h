@@ -158,9 +158,7 @@ class StepWorker {
       Draft best = row_of(out, row), spare = scratch();
       best.count = out.count[row];
       for (int i = 0; i < best.count; ++i) best.score += best.probs[i];
-      const int32_t* own = best.tokens;
-      requests[row]->shared->draft(requests[row]->recent, calibration, limits, best, spare);
-      if (best.tokens != own) store(best, out, row);
+      if (requests[row]->shared->draft(requests[row]->recent, calibration, limits, best, spare)) store(best, out, row);
     }
   }
 

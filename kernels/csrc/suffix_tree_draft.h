@@ -1,4 +1,5 @@
-// Tree drafts: the continuations of all tiers merged, most probable tokens first.
+// Tree drafts: the continuations of a request's own tiers merged, more probable tokens first (but a token that two of
+// them propose passes on its place only once the second is met).
 //
 // Invariants
 // - parents[j] < j, or -1 for a child of the request's last token; siblings carry different tokens.

@@ -88,12 +88,12 @@ def native_draft(index: _native.SuffixIndexSet, uid: int) -> tuple[int, int, int
 
 def native_index(age: int) -> _native.SuffixIndexSet:
     """The request i has something to draft from source i alone."""
-    index = _native.SuffixIndexSet(escape=0.3)
+    index = _native.SuffixIndexSet(min_match=2, escape=0.3)
     history = np.array([1, 2, 3, 4, 5, 6, 1, 2, 8], np.int32)
     index.publish("history", history, np.array([0, 6, 9]), np.array([2, 1], np.float32), np.full(2, age, np.uint8))
     index.publish_shared(np.array([21, 22, 23, 24], np.int32), np.array([0, 4]))
     index.wait()
-    texts = ([], [*range(1, 10), 1, 2], [5, 6], [9, 1, 2], [5, 6, 7], [21, 22])
+    texts: tuple[list[int], ...] = ([], [*range(1, 10), 1, 2], [5, 6], [9, 1, 2], [5, 6, 7], [21, 22])
     for uid, name in enumerate(("sibling", "self", "sibling", "history", "prompt", "shared")):
         index.begin(uid, name, np.array([5, 6, 7, 8] if name == "prompt" else [], np.int32))
         index.extend(np.array([uid]), np.array(texts[uid], np.int32), np.array([0, len(texts[uid])]))
@@ -204,11 +204,11 @@ def test_a_rare_cell_leans_on_the_other_match_lengths_of_its_source() -> None:
 
 def test_what_is_old_fades() -> None:
     model = learned(0, 5, 0.5, 1000, 1000)
-    before = model.metrics()
+    before = model.reliability()
     for _ in range(3):
         model.fade(0.5)
     assert model.seen.sum() == model.accepted.sum() == model.curve[0].sum() == 125
-    assert model.metrics() == pytest.approx(before)
+    assert model.reliability() == [before[0] | {"tokens": 125.0}]
     model.add(learned(0, 5, 0.5, 1000, 0))
     assert model.probabilities()[cell(0, 5, 0.5)] == pytest.approx(125 / 1125, abs=0.02)
 
@@ -223,7 +223,9 @@ def test_metrics_and_reliability_are_those_of_the_curve() -> None:
     assert low == pytest.approx({"estimate": 0.25, "accepted": 0.5, "tokens": 2.0})
     assert high == pytest.approx({"estimate": 0.85, "accepted": 1.0, "tokens": 2.0})
     brier = (0.25**2 + 0.75**2 + 2 * 0.15**2) / 4
-    assert model.metrics() == pytest.approx({"drafter/calibration_error": 0.2, "drafter/brier": brier}, rel=1e-5)
+    metrics = {"calibration_error": 0.2, "brier": brier, "reliability/25": 0.5, "reliability/85": 1.0}
+    metrics |= {"reliability_tokens/25": 2.0, "reliability_tokens/85": 2.0}
+    assert model.metrics() == pytest.approx({f"drafter/{name}": value for name, value in metrics.items()}, rel=1e-5)
 
 
 @settings(max_examples=30, deadline=None)

@@ -34,7 +34,17 @@ RATES = {
     "step_us_1024",
     "bytes_per_token",
 }
-ARMS = {"suffix", "suffix_unpriced", "ngram", "last_epoch_only", "global_scope", "global_scope_unpriced"}
+ARMS = {
+    "suffix",
+    "suffix_unpriced",
+    "suffix_prompt_only",
+    "suffix_decay_0.8",
+    "suffix_decay_1",
+    "ngram",
+    "last_epoch_only",
+    "global_scope",
+    "global_scope_unpriced",
+}
 PLAIN_ARMS = {"suffix_4_prompts", "suffix_reference_4_prompts"}
 PEER_ARMS = {"arctic", "arctic_deep"}
 CORPORA = {"synthetic", "quickstart", "quickstart_cold"}
@@ -292,6 +302,7 @@ def test_the_bench_answers_without_the_peer(
     monkeypatch.setitem(sys.modules, "arctic_inference.suffix_decoding", None)
     result = answer([*small, "--recorded", str(short_recording), "--arctic", str(tmp_path / "none")])
     assert all(result[key] > 0 for key in RATES)
+    assert len(result["step_wall_us"]) == 6
     for key in ("accepted_per_round", "drafted_per_round"):
         assert result[key].keys() == CORPORA
         assert all(arms.keys() == ARMS | PLAIN_ARMS for arms in result[key].values())

@@ -65,6 +65,8 @@ def make_run(
         }
         if drafting:
             record |= {"das/accepted_per_round": 0.5 * step, "das/drafted": 100, "das/accepted": 60}
+            record |= {"drafter/reliability/15": 0.2, "drafter/reliability_tokens/15": 30}
+            record |= {"drafter/reliability/85": step / num_steps, "drafter/reliability_tokens/85": 70}
         if step in proof_steps:
             record |= {
                 "proof/gen_on_s": 2.0,
@@ -81,12 +83,12 @@ def make_run(
     return run_dir
 
 
-def test_the_page_is_one_self_contained_file_with_four_pictures(tmp_path: Path) -> None:
+def test_the_page_is_one_self_contained_file_with_its_pictures(tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / "run", 12, proof_steps=(6, 12)))
     assert path == tmp_path / "run" / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     images = page.all("img")
-    assert len(images) == 4
+    assert len(images) == 5
     for image in images:
         source = image["src"] or ""
         assert source.startswith("data:image/png;base64,")
@@ -124,7 +126,7 @@ def test_key_figures_are_the_records_numbers(tmp_path: Path) -> None:
 
 
 def test_the_pictures_hold_the_data(tmp_path: Path) -> None:
-    reward, times, lengths, accepted = pictures(read_run(make_run(tmp_path, 10, proof_steps=(5, 10))))
+    reward, times, lengths, accepted, reliability = pictures(read_run(make_run(tmp_path, 10, proof_steps=(5, 10))))
     assert reward.figure is not None
     dots, average = reward.figure.axes[0].lines
     np.testing.assert_allclose(dots.get_ydata(), np.arange(1, 11) / 10)
@@ -140,12 +142,16 @@ def test_the_pictures_hold_the_data(tmp_path: Path) -> None:
     assert "last epoch: median 82, 99th percentile 103, longest 103 tokens" in lengths.text
     assert accepted.figure is not None
     assert accepted.figure.axes[0].lines[0].get_ydata()[-1] == 5.0
+    assert reliability.figure is not None
+    np.testing.assert_allclose(reliability.figure.axes[0].lines[1].get_xydata(), [[0.15, 0.2], [0.85, 0.55]])
+    assert "1,000 draft tokens" in reliability.text
+    assert "0.225 on average" in reliability.text
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_short_jobs(tmp_path: Path, num_steps: int) -> None:
     page = Page(write_report(make_run(tmp_path, num_steps, num_epochs=1)).read_text(encoding="utf-8"))
-    assert len(page.all("img")) == 4
+    assert len(page.all("img")) == 5
     assert "all rollouts: median" in page.text
     assert "No step was replayed without speculation." in page.text
 
@@ -154,6 +160,7 @@ def test_drafting_off(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, 4, drafting=False)).read_text(encoding="utf-8"))
     assert len(page.all("img")) == 3
     assert "This job ran with drafting off." in page.text
+    assert "No draft token carried an estimate." in page.text
     assert "(drafting off)" in page.text
 
 

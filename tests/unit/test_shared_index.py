@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.kernels import _native  # type: ignore[attr-defined]
 
 PROMPTS = ("a", "b")
-NEWEST = 3
+NEWEST, PER_STEP = 3, 3
 PROMPT = np.array([90, 91], np.int32)
 # Light on imports: it is started and killed many times.
 ENDLESS_WRITER = """
@@ -45,13 +45,13 @@ def records_of(step: int, length: int = 40) -> list[HistoryRecord]:
     return [
         HistoryRecord(prompt_id, step, 100 * step + i, rng.integers(10 * j, 10 * j + 4, length).astype(np.int32))
         for j, prompt_id in enumerate(PROMPTS)
-        for i in range(3)
+        for i in range(PER_STEP)
     ]
 
 
-def drafter_of(folder: SharedFolder | None, num_steps: int = NEWEST) -> SuffixDrafter:
+def drafter_of(folder: SharedFolder | None, num_steps: int = NEWEST, shared_tokens: int = 10_000) -> SuffixDrafter:
     """Has seen `num_steps` steps; what it builds is built."""
-    drafter = SuffixDrafter(index="native", folder=folder)
+    drafter = SuffixDrafter(min_match=2, index="native", folder=folder, shared_tokens=shared_tokens)
     for step in range(1, num_steps + 1):
         drafter.publish(step, records_of(step))
         drafter.follow_weights("a", [])
@@ -86,6 +86,12 @@ def drafts_of(drafter: SuffixDrafter, first_uid: int = 1) -> Drafts:
     return found
 
 
+def propose_one(drafter: SuffixDrafter) -> Drafts:
+    """Of a new request of the first prompt."""
+    drafter.begin(1, "a", PROMPT)
+    return propose(drafter, [1])
+
+
 def as_reader(path: str) -> None:
     """What the other process does."""
     folder = SharedFolder(Path(path), "reader", timeout_s=5.0)
@@ -112,26 +118,25 @@ def test_a_reader_really_drafts_from_the_file(tmp_path: Path) -> None:
     """The builder's records differ from the reader's: the reader has what the file says."""
     folder = SharedFolder(tmp_path, "builder")
     builder = SuffixDrafter(index="native", folder=folder)
-    builder.publish(NEWEST, [HistoryRecord("a", NEWEST, 1, np.array([70, 71, 72], np.int32))])
+    text = np.array([70, 71, 72], np.int32)
+    builder.publish(NEWEST, [HistoryRecord("a", NEWEST, i, text) for i in range(PER_STEP * NEWEST)])
     builder.follow_weights("a", [])
     reader = drafter_of(SharedFolder(tmp_path, "reader"))
     reader.begin(1, "a", PROMPT)
-    assert reader.follow_weights("a", [70]) == {71: 1.0}
+    assert reader.follow_weights("a", [70]) == {71: 9.0}
 
 
 def test_without_file_and_promise_a_reader_builds_at_once(tmp_path: Path) -> None:
     folder = SharedFolder(tmp_path, "reader", timeout_s=60.0)
     started = time.monotonic()
-    found = drafts_of(drafter_of(folder))
+    assert drafts_of(drafter_of(folder)) == drafts_of(drafter_of(None, shared_tokens=0))
     assert time.monotonic() - started < 10.0
-    alone = drafts_of(drafter_of(None))
-    assert [draft for draft in found if draft[0] == "history"] == [draft for draft in alone if draft[0] == "history"]
     assert (folder.num_mapped, folder.num_missed) == (0, len(PROMPTS))
 
 
 def test_a_promise_that_is_never_kept_ends(tmp_path: Path) -> None:
     folder = SharedFolder(tmp_path, "reader", timeout_s=0.3)
-    SharedFolder(tmp_path, "builder").promise("a", folder.index_file("a", NEWEST))
+    SharedFolder(tmp_path, "builder").promise("a", folder.index_file("a", NEWEST, PER_STEP * NEWEST))
     reader = drafter_of(folder)
     started = time.monotonic()
     reader.begin(1, "a", PROMPT)
@@ -146,7 +151,7 @@ def test_a_promise_that_is_kept_late_is_waited_for(tmp_path: Path) -> None:
         path.mkdir()
     drafter_of(SharedFolder(elsewhere, "builder"))
     folder = SharedFolder(shared, "reader", timeout_s=30.0)
-    file = folder.index_file("a", NEWEST)
+    file = folder.index_file("a", NEWEST, PER_STEP * NEWEST)
     SharedFolder(shared, "builder").promise("a", file)
     reader = drafter_of(folder)
     timer = threading.Timer(0.2, (elsewhere / file.name).rename, [file])
@@ -155,11 +160,6 @@ def test_a_promise_that_is_kept_late_is_waited_for(tmp_path: Path) -> None:
     timer.join()
     assert (folder.num_mapped, folder.num_missed) == (1, 0)
     assert propose(reader, [1]) == propose_one(drafter_of(None))
-
-
-def propose_one(drafter: SuffixDrafter) -> Drafts:
-    drafter.begin(1, "a", PROMPT)
-    return propose(drafter, [1])
 
 
 def damaged_versions(whole: bytes) -> list[bytes]:
@@ -175,7 +175,7 @@ def damaged_versions(whole: bytes) -> list[bytes]:
 
 def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     drafter_of(SharedFolder(tmp_path, "builder"))
-    file = SharedFolder(tmp_path, "reader").index_file("a", NEWEST)
+    file = SharedFolder(tmp_path, "reader").index_file("a", NEWEST, PER_STEP * NEWEST)
     whole = file.read_bytes()
     index = _native.SuffixIndexSet()
     index.attach("a", str(file))
@@ -196,16 +196,17 @@ def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path: Path) -> None:
 def test_a_reader_builds_what_was_damaged(tmp_path: Path) -> None:
     drafter_of(SharedFolder(tmp_path, "builder"))
     folder = SharedFolder(tmp_path, "reader")
-    for name in files_in(tmp_path):
-        file = tmp_path / name
-        if file.suffix == ".index":
-            file.write_bytes(file.read_bytes()[:-8])
+    for file in tmp_path.glob("*.index"):
+        file.write_bytes(file.read_bytes()[:-8])
     assert drafts_of(drafter_of(folder)) == drafts_of(drafter_of(None))
     assert (folder.num_mapped, folder.num_missed) == (0, len(PROMPTS))
 
 
 def newest_files(folder: SharedFolder, newest: int, text: int) -> set[str]:
-    files = [*(folder.index_file(prompt_id, newest).name for prompt_id in PROMPTS), folder.text_file(text).name]
+    files = [
+        *(folder.index_file(prompt_id, newest, PER_STEP * newest).name for prompt_id in PROMPTS),
+        folder.text_file(text).name,
+    ]
     return {*files, *(name + ".promised" for name in files)}
 
 
@@ -219,7 +220,7 @@ def test_old_versions_go_and_open_requests_on_them_go_on(tmp_path: Path) -> None
     for step in (2, 3):
         for drafter in (builder, reader):
             drafter.publish(step, records_of(step))
-        builder.follow_weights("a", [])
+            drafter.follow_weights("a", [])
     assert files_in(tmp_path) == newest_files(folder, 3, 3)
     assert propose(reader, [50]) == before
     extend(reader, 50, before[0][1][:2])
@@ -234,7 +235,18 @@ def test_publishing_faster_than_building_leaves_no_old_files(tmp_path: Path) -> 
         builder.publish(step, records_of(step, length=20_000 if step == 1 else 40))
     builder.follow_weights("a", [])
     indexes = {name for name in files_in(tmp_path) if name.endswith(".index")}
-    assert indexes == {folder.index_file(prompt_id, 4).name for prompt_id in PROMPTS}
+    assert indexes == {folder.index_file(prompt_id, 4, PER_STEP * 4).name for prompt_id in PROMPTS}
+
+
+def test_a_builder_that_cannot_write_goes_on_alone(tmp_path: Path) -> None:
+    """What it promised is taken back, so that no reader waits for it."""
+    folder = SharedFolder(tmp_path, "builder")
+    for prompt_id in PROMPTS:
+        (folder.index_file(prompt_id, 1, PER_STEP) / "in the way").mkdir(parents=True)
+    builder = drafter_of(folder, 1)
+    assert drafts_of(builder) == drafts_of(drafter_of(None, 1))
+    assert not list(tmp_path.glob("*.index.*"))
+    assert (tmp_path / (folder.text_file(1).name + ".promised")).exists()
 
 
 def test_a_killed_builder_leaves_whole_files_only(tmp_path: Path) -> None:
@@ -244,17 +256,18 @@ def test_a_killed_builder_leaves_whole_files_only(tmp_path: Path) -> None:
         path = tmp_path / str(i)
         path.mkdir()
         writer = subprocess.Popen([sys.executable, "-c", ENDLESS_WRITER, str(path)], cwd=path)
+        deadline = time.monotonic() + 20.0
         try:
-            while len(files_in(path)) < 2 and writer.poll() is None:
+            while len(files_in(path)) < 2 and time.monotonic() < deadline:
                 time.sleep(0.0005)
             seen = files_in(path)
             # Right when a name comes or goes, which is when it is being written, and at any other moment.
-            while i % 2 and files_in(path) == seen and writer.poll() is None:
+            while i % 2 and files_in(path) == seen and time.monotonic() < deadline:
                 pass
             time.sleep(rng.uniform(0.0, 0.004 if i % 2 else 0.1))
         finally:
             writer.kill()
-            assert writer.wait() < 0
+            assert writer.wait() == -signal.SIGKILL
         for file in path.glob("*.index"):
             index.attach("p", str(file))
             attached += 1
@@ -265,22 +278,27 @@ def test_folders_of_dead_processes_go_and_those_of_living_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_folder, "MEMORY", tmp_path)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    living = [f"slipstream-{os.getpid()}-abc", f"slipstream-{os.getppid()}-abc", "slipstream-notes", "other"]
-    for name in (f"slipstream-{gone.pid}-abc", *living):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "p.index").touch()
-    made = make_folder()
-    assert files_in(tmp_path) == {*living, made.name}
-    assert made.name.startswith(f"slipstream-{os.getpid()}-")
-    assert make_folder() != made
+    hold = f"import time; from slipstream.drafter import shared_folder as s; s.MEMORY = s.Path({str(tmp_path)!r}); "
+    hold += "print(s.make_folder().name, flush=True); time.sleep(60)"
+    owners = [subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        names = [owner.stdout.readline().strip() for owner in owners if owner.stdout]
+        owners[0].kill()
+        owners[0].wait()
+        for other in ("slipstream-notes", "other"):
+            (tmp_path / other).mkdir()
+        made = make_folder()
+        assert files_in(tmp_path) == {names[1], "slipstream-notes", "other", made.name}
+        assert make_folder() != made
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.communicate()
 
 
 def test_only_the_owner_may_read() -> None:
     path = make_folder()
     try:
-        assert path.parent in (Path("/dev/shm"), Path(os.environ.get("TMPDIR", "/tmp")))
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         drafter_of(SharedFolder(path, "builder"))
         written = [file for file in path.iterdir() if not file.name.endswith(".promised")]

@@ -175,7 +175,7 @@ def test_a_written_text_drafts_the_same_where_it_is_attached(tmp_path: Path) -> 
     shared = [rng.integers(0, 6, 200).tolist() for _ in range(5)]
     requests = [rng.integers(0, 6, 12).tolist() for _ in range(40)]
     path = str(tmp_path / "text.shared")
-    writer, reader = _native.SuffixIndexSet(), _native.SuffixIndexSet()
+    writer, reader = (_native.SuffixIndexSet(min_match=2) for _ in range(2))
     writer.publish_shared(*arrays(shared), path)
     writer.publish("p", *arrays(shared), np.ones(5, np.float32), np.ones(5, np.uint8), str(tmp_path / "p.index"))
     writer.wait()
@@ -197,6 +197,10 @@ def test_every_context_of_a_text_without_repetition_is_known() -> None:
     assert found > 0.9 * 511
 
 
+def suffix_drafter(shared_tokens: int = 10_000) -> SuffixDrafter:
+    return SuffixDrafter(min_match=2, index="native", shared_tokens=shared_tokens)
+
+
 def record(prompt_id: str, step: int, tokens: list[int]) -> HistoryRecord:
     return HistoryRecord(prompt_id, step, 1000 * step + tokens[0], np.array(tokens, np.int32))
 
@@ -215,7 +219,7 @@ def cold_draft(drafter: SuffixDrafter, uid: int, text: list[int]) -> tuple[list[
 
 def test_a_new_prompt_starts_with_what_other_prompts_wrote() -> None:
     records = [record("a", 1, [1, 2, 3, 4, 5]), record("b", 1, [11, 12, 13])]
-    drafter, alone = SuffixDrafter(index="native"), SuffixDrafter(index="native", shared_tokens=0)
+    drafter, alone = suffix_drafter(), suffix_drafter(shared_tokens=0)
     for each in (drafter, alone):
         each.publish(1, records)
     assert cold_draft(drafter, 1, [1, 2]) == ([3, 4, 5], "shared")
@@ -224,15 +228,15 @@ def test_a_new_prompt_starts_with_what_other_prompts_wrote() -> None:
 
 
 def test_the_newest_rollouts_are_kept() -> None:
-    drafter = SuffixDrafter(index="native", shared_tokens=30 * ENOUGH + 9)
+    drafter = suffix_drafter(30 * ENOUGH + 9)
     for step in range(1, 7):
         drafter.publish(step, [record(f"prompt {step}", step, list(range(100 * step, 100 * step + 10)))] * ENOUGH)
     known = [step for step in range(1, 7) if cold_draft(drafter, step, [100 * step, 100 * step + 1])[0]]
-    assert known == [4, 5, 6]
+    assert known == [3, 4, 5, 6]  # of step 3, what fits
 
 
 def test_a_long_run_rebuilds_the_text_only_when_a_share_of_it_is_new() -> None:
-    drafter = SuffixDrafter(index="native")
+    drafter = suffix_drafter()
     drafter.publish(1, [record("a", 1, list(range(100)))] * ENOUGH)
     drafter.publish(2, [record("b", 2, list(range(200, 210)))] * ENOUGH)
     assert cold_draft(drafter, 1, [200, 201])[0] == []

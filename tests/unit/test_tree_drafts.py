@@ -64,8 +64,11 @@ def trees_of(
     )
     found = []
     for row, n in enumerate(out.count.tolist()):
-        lists = [buffer[row, :n].tolist() for buffer in (out.tokens, out.parents, out.probs, out.cells)]
-        found.append(Tree(*lists, SOURCE_NAMES[out.source[row]], int(out.match_len[row])))
+        tokens, parents, probs, cells = (
+            buffer[row, :n].tolist() for buffer in (out.tokens, out.parents, out.probs, out.cells)
+        )
+        source, match_len = SOURCE_NAMES[out.source[row]], int(out.match_len[row])
+        found.append(Tree(tokens, parents, probs, cells, source, match_len))
     return found
 
 
