@@ -50,6 +50,9 @@ class SuffixIndexes(Protocol):
     def publish(self, records: list[HistoryRecord]) -> None:
         """The history has taken `records` in: make the indexes follow."""
 
+    def wait(self) -> None:
+        """See SuffixDrafter.wait."""
+
     def follow_weights(self, prompt_id: str, context: list[int]) -> dict[int, float]:
         """Weight of every token that followed `context` in what the prompt's requests draft from."""
 
@@ -131,6 +134,10 @@ class SuffixDrafter:
         """Rolls the window: this step's rollouts join, from every worker, and old visits leave."""
         self.history.add(records)
         self._indexes.publish(records)
+
+    def wait(self) -> None:
+        """Returns when everything published is built; nothing needs it but what measures or inspects."""
+        self._indexes.wait()
 
     def follow_weights(self, prompt_id: str, context: list[int]) -> dict[int, float]:
         """Weight of every token that followed `context` in what the prompt's requests draft from: for inspection."""

@@ -141,7 +141,7 @@ class NativeSuffixIndexes:
         return dict(total)
 
     def wait(self) -> None:
-        """Returns when no rebuild is pending."""
+        """See SuffixDrafter.wait."""
         self._set.wait()
 
     def stats(self) -> dict[str, int]:

@@ -125,6 +125,9 @@ class PlainSuffixIndexes:
                 del self._prompts[prompt_id]
         self._inserted.clear()
 
+    def wait(self) -> None:
+        """Nothing is built in the background."""
+
     def follow_weights(self, prompt_id: str, context: list[int]) -> dict[int, float]:
         """Weight of every token that followed `context`; empty for a prompt without an index."""
         held = self._prompts.get(prompt_id)

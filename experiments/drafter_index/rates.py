@@ -106,6 +106,7 @@ def step_time(corpus: Corpus, num_live: int, timing: Timing) -> float:
         drafter = SuffixDrafter(index="native")
         for step, records in corpus.visits():
             drafter.publish(step, records)
+        drafter.wait()
         medians.append(np.median(decode(drafter, texts, timing.draft, max_steps=timing.steps).step_us))
     return float(np.median(medians))
 
@@ -116,6 +117,7 @@ def step_wall_time(corpus: Corpus, num_live: int, num_threads: int, timing: Timi
     drafter = SuffixDrafter(index="native", num_threads=num_threads, threads_from=0)
     for step, records in corpus.visits():
         drafter.publish(step, records)
+    drafter.wait()
     return float(np.median(decode(drafter, texts, timing.draft, max_steps=timing.steps).wall_us))
 
 
