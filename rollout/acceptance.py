@@ -3,8 +3,8 @@
 Invariants
 - A token is observed if all before it on its path were accepted: accepted is 1, the first rejected is 0, what comes
   after says nothing. Tokens after the end of a response say nothing either.
-- A rare cell leans on its neighbours: its estimate is pulled, with the weight of `prior_weight` tokens, towards that of
-  all match lengths together, and that one towards the relative weight itself (nested shrinkage; ours).
+- A rare cell leans on its neighbours: its estimate is pulled, with the weight of `prior_weight` tokens, towards PRIOR
+  times what all match lengths of its source and share show beyond PRIOR (nested shrinkage; ours).
 - Plain sums: models of several workers are added, and what is older fades by a factor per training step.
 """
 
@@ -14,11 +14,31 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS
+from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS, SOURCE_CLASSES
 
 NUM_CURVE_BUCKETS = 10
 FADE_PER_STEP = 0.99
+CALIBRATE_EVERY_STEPS = 32
 RELIABILITY_KEYS = tuple(f"{10 * i + 5:02d}" for i in range(NUM_CURVE_BUCKETS))
+
+
+def calibrates_after(num_steps: int) -> bool:
+    """Whether an engine hands on new probabilities after this many drafting steps: 1, 2, 4, ..., 32, then every 32."""
+    return num_steps % CALIBRATE_EVERY_STEPS == 0 or num_steps & (num_steps - 1) == 0
+
+
+def _prior() -> np.ndarray:
+    match = np.array([0.7, 0.85, 0.95, 0.9, 0.9, 1.05, 1.1, 1.1])
+    source = {"self": 0.7, "sibling": 0.75, "prompt": 0.9, "shared": 0.75}
+    share = (np.arange(NUM_WEIGHT_BUCKETS) + 0.5) / NUM_WEIGHT_BUCKETS
+    by_source = np.array([source.get(name, 1.0) for name in SOURCE_CLASSES])
+    return np.minimum(by_source[:, None, None] * match[None, :, None] * share, 0.98)
+
+
+PRIOR = _prior()
+"""CELL_SHAPE float64, before anything is observed: the relative weight, less where a short match says it, or text that
+is not the prompt's own history. Rounded averages over a job of the quickstart and the made corpus of the index bench.
+"""
 
 
 class AcceptanceModel:
@@ -68,9 +88,9 @@ class AcceptanceModel:
         """[NUM_CELLS] float32: the probability that a token of each cell is accepted, given that its path was."""
         seen, accepted = self.seen.reshape(CELL_SHAPE), self.accepted.reshape(CELL_SHAPE)
         k = self.prior_weight
-        weight = (np.arange(NUM_WEIGHT_BUCKETS) + 0.5) / NUM_WEIGHT_BUCKETS
-        any_match = (accepted.sum(axis=1) + k * weight) / (seen.sum(axis=1) + k)
-        return ((accepted + k * any_match[:, None]) / (seen + k)).ravel().astype(np.float32)
+        beyond = (accepted.sum(axis=1) + k) / ((seen * PRIOR).sum(axis=1) + k)
+        leaning = np.minimum(PRIOR * beyond[:, None], 0.98)
+        return ((accepted + k * leaning) / (seen + k)).ravel().astype(np.float32)
 
     def add(self, other: AcceptanceModel) -> None:
         """Adds what another model observed."""

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, Price, Ragged
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
-from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.acceptance import AcceptanceModel, calibrates_after
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache, StepPlaces
@@ -30,8 +30,6 @@ from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
 from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.types import FinishReason, Request, Rollout
-
-CALIBRATE_EVERY_STEPS = 32
 
 FINISH_NAMES: dict[int, FinishReason] = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 
@@ -88,7 +86,9 @@ class TorchEngine:
         self._drafts = DraftBatch.empty(max_live_requests, max_draft_tokens)
         self._stats = EngineStats()
         self.acceptance = AcceptanceModel()
-        self._steps_to_calibration = CALIBRATE_EVERY_STEPS
+        self._observed_steps = 0
+        if drafter is not None:
+            drafter.calibrate(self.acceptance.probabilities())
         self._parameters = dict(model.state_dict(keep_vars=True))
 
     # ---- the queue
@@ -276,10 +276,9 @@ class TorchEngine:
         rows, accepted = plan.draft_rows, np.maximum(verified.count - 1, 0)
         drafts, ended = self._drafts, verified.finish != 0
         self.acceptance.observe(drafts.cells[rows], drafts.probs[rows], plan.draft_counts, accepted, ended)
-        self._steps_to_calibration -= 1
-        if self._steps_to_calibration <= 0:
+        self._observed_steps += 1
+        if calibrates_after(self._observed_steps):
             self.drafter.calibrate(self.acceptance.probabilities())
-            self._steps_to_calibration = CALIBRATE_EVERY_STEPS
 
     def _retire(self, plan: StepPlan, finish: np.ndarray) -> list[Rollout]:
         done = []

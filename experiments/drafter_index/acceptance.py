@@ -159,6 +159,5 @@ def decode_steps(arm: Arm, material: Material, width: int) -> dict[str, np.ndarr
             for label, column in zip(step.labels, columns, strict=True):
                 totals[label] = totals.get(label, 0) + column
             acceptance.fade()
-            drafter.calibrate(acceptance.probabilities())
         drafter.publish(step.number, list(records))
     return totals

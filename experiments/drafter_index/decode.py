@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slipstream.drafter.base import DraftBatch, Drafter, HistoryRecord, LiveBatch, Price, Ragged
-from slipstream.rollout.acceptance import AcceptanceModel
-from slipstream.rollout.torch_engine import CALIBRATE_EVERY_STEPS
+from slipstream.rollout.acceptance import AcceptanceModel, calibrates_after
 
 MIN_ACCEPT_PROB = 0.1
 NO_PROMPT = np.zeros(0, np.int32)
@@ -95,6 +94,7 @@ def decode(
     """
     prompts = prompts or {}
     acceptance = acceptance or AcceptanceModel()
+    drafter.calibrate(acceptance.probabilities())
     for text in texts:
         drafter.begin(text.uid, text.prompt_id, prompts.get(text.prompt_id, NO_PROMPT))
     table, steps = _Texts(texts, prompts, width), 0
@@ -136,7 +136,7 @@ def _learn(
     rows = len(taken)
     accepted = np.minimum(taken - 1, out.count[:rows])
     acceptance.observe(out.cells[:rows], out.probs[:rows], out.count[:rows], accepted, ended)
-    if step % CALIBRATE_EVERY_STEPS == CALIBRATE_EVERY_STEPS - 1:
+    if calibrates_after(step + 1):
         drafter.calibrate(acceptance.probabilities())
 
 

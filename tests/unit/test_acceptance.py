@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from slipstream.drafter.base import SOURCE_HISTORY, SOURCE_NAMES
 from slipstream.drafter.calibration import (
     CELL_SHAPE,
-    MATCH_BUCKETS,
     NUM_CELLS,
     NUM_WEIGHT_BUCKETS,
     SOURCE_CLASSES,
@@ -22,7 +21,7 @@ from slipstream.drafter.calibration import (
     source_class,
 )
 from slipstream.kernels import _native  # type: ignore[attr-defined]
-from slipstream.rollout.acceptance import NUM_CURVE_BUCKETS, AcceptanceModel
+from slipstream.rollout.acceptance import NUM_CURVE_BUCKETS, PRIOR, AcceptanceModel, calibrates_after
 
 WIDTH = 4
 probabilities_or_worse = st.one_of(st.floats(-0.5, 1.5, width=32), st.just(math.nan), st.sampled_from([0.0, 0.1, 1.0]))
@@ -181,10 +180,13 @@ def test_adding_is_observing_both(first: list[Row], second: list[Row]) -> None:
     assert ((probabilities >= 0.0) & (probabilities <= 1.0)).all()
 
 
-def test_without_data_the_relative_weight_counts_and_with_much_the_measured_share() -> None:
+def test_without_data_the_prior_counts_and_with_much_the_measured_share() -> None:
     fresh = AcceptanceModel().probabilities().reshape(CELL_SHAPE)
-    middles = (np.arange(NUM_WEIGHT_BUCKETS) + 0.5) / NUM_WEIGHT_BUCKETS
-    np.testing.assert_allclose(fresh, np.broadcast_to(middles, CELL_SHAPE), rtol=1e-6)
+    np.testing.assert_allclose(fresh, PRIOR, rtol=1e-6)
+    # More weight and more context never say less; a prompt's own history says more than what is in flight.
+    assert (np.diff(fresh, axis=2) >= 0.0).all()
+    assert (fresh[:, 0] < fresh[:, -1]).all()
+    assert (fresh[0] < fresh[4]).all()
     at = cell(4, 3, 0.9)
     gaps = [abs(learned(4, 3, 0.9, n, n // 4).probabilities()[at] - 0.25) for n in (4, 40, 400, 40_000)]
     assert gaps == sorted(gaps, reverse=True)
@@ -196,7 +198,8 @@ def test_without_data_the_relative_weight_counts_and_with_much_the_measured_shar
 def test_a_rare_cell_leans_on_the_other_match_lengths_of_its_source() -> None:
     learnt = learned(4, 3, 0.9, 10_000, 2_000).probabilities().reshape(CELL_SHAPE)
     bucket = cell(0, 0, 0.9)
-    np.testing.assert_allclose(learnt[4, :, bucket], np.full(len(MATCH_BUCKETS), 0.2), atol=2e-3)
+    # All of them are as much less than their prior as the one that was observed.
+    np.testing.assert_allclose(learnt[4, :, bucket] / PRIOR[4, :, bucket], 0.2 / PRIOR[4, 2, bucket], rtol=1e-2)
     untouched = AcceptanceModel().probabilities().reshape(CELL_SHAPE)
     learnt[4, :, bucket] = untouched[4, :, bucket]
     np.testing.assert_array_equal(learnt, untouched)
@@ -272,3 +275,7 @@ def test_what_was_learned_is_calibrated_on_fresh_data() -> None:
     assert raw.metrics()["drafter/calibration_error"] > 0.2
     assert fresh.metrics()["drafter/calibration_error"] < 0.05
     assert fresh.metrics()["drafter/brier"] < raw.metrics()["drafter/brier"]
+
+
+def test_an_engine_calibrates_often_at_first() -> None:
+    assert [n for n in range(1, 130) if calibrates_after(n)] == [1, 2, 4, 8, 16, 32, 64, 96, 128]

@@ -1,0 +1,1 @@
+"""How fast are rollouts, without and with drafts, next to what people use today?"""

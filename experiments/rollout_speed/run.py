@@ -1,0 +1,187 @@
+"""How many tokens per second do rollouts reach, without and with drafts, next to transformers' own generation?
+
+One process, one policy, one set of requests. The engine without drafts samples first and so sets every response's
+length; each arm then produces exactly those lengths. The engine's tokens with drafts, cold (nothing but siblings to
+draft from) and warm (earlier visits of the same prompts in the history), are compared with those without. Arms are
+interleaved; every figure is a median over `--rounds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from slipstream.drafter.base import HistoryRecord
+from slipstream.drafter.suffix import SuffixDrafter
+from slipstream.experiments.rollout_speed.peers import NUM_LOOKUP_TOKENS, batched_generate, first_layers, one_by_one
+from slipstream.experiments.workload import Workload, quickstart_workload
+from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.budget import TailBudget
+from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.torch_engine import TorchEngine
+from slipstream.rollout.types import Request, Rollout
+
+STEP = 1000
+"""Requests of the timed step; earlier visits are steps 1, 2, ..., so their noise is another one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--prompts", type=int, default=8, help="prompts (default 8)")
+    parser.add_argument("--samples", type=int, default=8, help="samples of each prompt (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest response (default 512)")
+    parser.add_argument("--visits", type=int, default=3, help="earlier visits in the warm history (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default 0: all cores)")
+    parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms that take one at a time")
+    parser.add_argument("--knee", type=float, default=32.0, help="tokens that cost as much as a pass (default 32)")
+
+
+@dataclass(slots=True)
+class Arms:
+    """What is timed. lengths: response tokens of every request; rates: tokens per second of each round, by arm."""
+
+    workload: Workload
+    requests: list[Request]
+    args: argparse.Namespace
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    stats: dict[str, EngineStats] = field(default_factory=dict)
+
+    def make_engine(self) -> TorchEngine:
+        """The engine of all our arms: its memory has been touched before anything is timed."""
+        longest = max(len(request.prompt) for request in self.requests) + self.args.max_new_tokens
+        return TorchEngine(self.model(), max_live_requests=len(self.requests), max_len=longest)
+
+    def set_drafter(self, engine: TorchEngine, history: Sequence[HistoryRecord] | None) -> None:
+        """Gives the engine a drafter that has seen `history` and nothing else; None: no drafter."""
+        engine.drafter = engine.budget = None
+        if history is None:
+            return
+        drafter = SuffixDrafter()
+        for step in sorted({record.step for record in history}):
+            drafter.publish(step, [record for record in history if record.step == step])
+        drafter.wait()
+        engine.drafter, engine.budget = drafter, TailBudget(self.args.knee, 32)
+        engine.learn_acceptance(AcceptanceModel())
+
+    def model(self) -> PreTrainedModel:
+        """A fresh copy of the policy."""
+        return self.workload.model()
+
+    def time_engine(self, name: str, engine: TorchEngine) -> list[Rollout]:
+        """Runs the requests once and notes the rate; rollouts in the order of the requests."""
+        engine.stats(reset=True)
+        engine.submit(self.requests)
+        by_uid = {rollout.request.uid: rollout for rollout in engine.drain(timeout_s=3600)}
+        stats = engine.stats()
+        self.stats[name] = stats
+        self.rates.setdefault(name, []).append(stats.generated_tokens / stats.total_s)
+        return [by_uid[request.uid] for request in self.requests]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Interleaves the arms and reports medians, ratios and what was compared."""
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    workload = quickstart_workload()
+    # Evenly over the difficulties, the hardest included: most responses are short and a few are long.
+    ranked = sorted(workload.prompts.train, key=lambda prompt: prompt.level or 0)
+    prompts = [ranked[i] for i in np.linspace(0, len(ranked) - 1, args.prompts).round().astype(int)]
+    arms = Arms(workload, workload.requests(prompts, args.samples, args.max_new_tokens, step=STEP), args)
+    engine = arms.make_engine()
+    history = sample_history(arms, engine, prompts)
+    tokens = [rollout.tokens for rollout in arms.time_engine("warm_up", engine)]
+    lengths = [len(row) for row in tokens]
+    peers = make_peers(arms, lengths)
+    compared = different = 0
+    for _ in range(args.rounds):
+        # A drafter learns from what it sees: every round begins with one that has not seen this step.
+        for name, past in (("off", None), ("cold", []), ("warm", history)):
+            arms.set_drafter(engine, past)
+            rollouts = arms.time_engine(name, engine)
+            if past is None:
+                continue
+            for mine, theirs in zip(rollouts, tokens, strict=True):
+                compared += max(len(mine.tokens), len(theirs))
+                common = min(len(mine.tokens), len(theirs))
+                different += int((mine.tokens[:common] != theirs[:common]).sum())
+                different += abs(len(mine.tokens) - len(theirs))
+        for name, (count, peer) in peers.items():
+            arms.rates.setdefault(name, []).append(sum(lengths[:count]) / peer())
+    return report(arms, lengths, compared, different)
+
+
+def sample_history(arms: Arms, engine: TorchEngine, prompts: Sequence[Any]) -> list[HistoryRecord]:
+    """Earlier visits of the same prompts by the same policy."""
+    args, history = arms.args, []
+    for step in range(1, args.visits + 1):
+        engine.submit(arms.workload.requests(prompts, args.samples, args.max_new_tokens, step=step))
+        history += [
+            HistoryRecord(rollout.request.prompt_id, step, rollout.request.uid, rollout.tokens)
+            for rollout in engine.drain(timeout_s=3600)
+        ]
+    return history
+
+
+def make_peers(arms: Arms, lengths: list[int]) -> dict[str, tuple[int, Callable[[], float]]]:
+    """(requests it takes, wall seconds of one run) of every peer."""
+    pad = arms.workload.tokenizer.pad_token_id or 0
+    model = arms.model().eval()
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    assistant = first_layers(model, arms.model, max(1, layers // 4))
+    few = min(arms.args.one_by_one, len(lengths))
+    requests = arms.requests
+    return {
+        "hf_generate": (len(lengths), lambda: batched_generate(model, requests, lengths, pad)),
+        "hf_one_by_one": (few, lambda: one_by_one(model, requests[:few], lengths[:few], pad)),
+        "hf_prompt_lookup": (
+            few,
+            lambda: one_by_one(model, requests[:few], lengths[:few], pad, prompt_lookup_num_tokens=NUM_LOOKUP_TOKENS),
+        ),
+        "hf_assisted": (
+            few,
+            lambda: one_by_one(model, requests[:few], lengths[:few], pad, assistant_model=assistant),
+        ),
+    }
+
+
+def report(arms: Arms, lengths: list[int], compared: int, different: int) -> dict[str, Any]:
+    """The figures, by key."""
+    rates = {name: values for name, values in arms.rates.items() if name != "warm_up"}
+    warm, off = np.array(rates["warm"]), np.array(rates["off"])
+    peers = [name for name in rates if name.startswith("hf_")]
+    stats = {name: arms.stats[name] for name in ("off", "cold", "warm")}
+    return {
+        "tokens_per_s": {name: float(np.median(values)) for name, values in rates.items()},
+        "speedup_off_vs": {name: float(np.median(off / np.array(rates[name]))) for name in peers},
+        "speedup_warm_vs": {name: float(np.median(warm / np.array(rates[name]))) for name in peers},
+        "speedup_cold_vs_off": float(np.median(np.array(rates["cold"]) / off)),
+        "speedup_warm_vs_off": float(np.median(warm / off)),
+        "tokens_compared": compared,
+        "tokens_different": different,
+        "engine_share": {name: shares(one) for name, one in stats.items()},
+        "accepted_per_round": {name: one.accepted / max(1, one.rounds) for name, one in stats.items()},
+        "forward_tokens": {name: one.forward_tokens for name, one in stats.items()},
+        "engine_steps": {name: one.steps for name, one in stats.items()},
+        "lengths": {f"p{q}": float(np.percentile(lengths, q)) for q in (0, 50, 90, 100)},
+        "num_requests": len(lengths),
+        "num_tokens": sum(lengths),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "threads": torch.get_num_threads(),
+        "trl_reason": None if find_spec("trl") else "not run: trl is not installed (pip install 'slipstream[bench]')",
+        "rounds": arms.args.rounds,
+    }
+
+
+def shares(stats: EngineStats) -> dict[str, float]:
+    """Where the time of a run went."""
+    parts = {"forward": stats.forward_s, "sample": stats.sample_s, "draft": stats.draft_s, "other": stats.other_s}
+    return {name: seconds / stats.total_s for name, seconds in parts.items()}
