@@ -28,8 +28,8 @@ def calibrates_after(num_steps: int) -> bool:
 
 
 def _prior() -> np.ndarray:
-    match = np.array([0.7, 0.85, 0.95, 0.9, 0.9, 1.05, 1.1, 1.1])
-    source = {"self": 0.7, "sibling": 0.75, "prompt": 0.9, "shared": 0.75}
+    match = np.array([0.8, 0.95, 1.0, 1.0, 1.0, 1.0, 1.05, 1.05])
+    source = {"self": 0.7, "sibling": 0.95, "shared": 0.7}
     share = (np.arange(NUM_WEIGHT_BUCKETS) + 0.5) / NUM_WEIGHT_BUCKETS
     by_source = np.array([source.get(name, 1.0) for name in SOURCE_CLASSES])
     return np.minimum(by_source[:, None, None] * match[None, :, None] * share, 0.98)
@@ -37,8 +37,8 @@ def _prior() -> np.ndarray:
 
 PRIOR = _prior()
 """CELL_SHAPE float64, before anything is observed: the relative weight, less where a short match says it, or text that
-is not the prompt's own history. Rounded averages over a job of the quickstart and the made corpus of the index bench.
-"""
+is not the prompt's own history. Chosen between a few on the recorded job of the index bench, where first visits accept
+the most with it."""
 
 
 class AcceptanceModel:
