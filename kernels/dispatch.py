@@ -6,7 +6,7 @@ back, and `KernelSet.reason` says so. Every implementation gives the same tokens
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ except ImportError as error:
     NATIVE_ERROR = str(error)
 
 KernelChoice = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "triton", "reference"]
 
 
 class KernelError(RuntimeError):
@@ -180,3 +181,25 @@ def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Ke
     if choice == "reference":
         return ReferenceKernels("asked for by engine.kernels=reference")
     return ReferenceKernels(problem) if problem else NativeKernels("built, float32 on the CPU")
+
+
+def pick_backend(backend: Backend, device: torch.device) -> Literal["triton", "reference"]:
+    """`auto`: Triton on CUDA, the plain twin elsewhere. Raises ValueError for an unknown name, and where Triton is
+    named (or CUDA given) but cannot run."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return "reference"
+    try:
+        import triton
+    except ImportError as error:
+        raise ValueError(
+            f"backend is {backend!r} on {device}; allowed: reference (the extra slipstream[gpu] brings Triton: {error})"
+        ) from error
+    # Triton reads TRITON_INTERPRET when it is first imported; its own functions show what it read.
+    if device.type != "cuda" and isinstance(triton.language.sum, triton.JITFunction):
+        raise ValueError(
+            f"backend is {backend!r} on {device}; "
+            "allowed: auto, reference, or TRITON_INTERPRET=1 set before Triton is imported"
+        )
+    return "triton"

@@ -1,0 +1,1 @@
+"""Triton kernels, one a file, each with a plain twin it is tested against."""
