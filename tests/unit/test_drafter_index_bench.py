@@ -133,6 +133,9 @@ class Oracle:
     def end(self, uid: int, finished: bool) -> None:
         self.ended.append((uid, finished))
 
+    def calibrate(self, probabilities: np.ndarray) -> None:
+        pass
+
     def publish(self, step: int, records: list[HistoryRecord]) -> None:
         pass
 
