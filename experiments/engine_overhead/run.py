@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from slipstream.experiments.rollout_speed.peers import batched_generate
 from slipstream.experiments.workload import Workload, quickstart_workload
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.torch_engine import TorchEngine
@@ -37,31 +39,9 @@ def run_engine(engine: TorchEngine, requests: list[Request]) -> tuple[float, Eng
     return time.perf_counter() - started, engine.stats()
 
 
-def run_generate(model: Any, workload: Workload, requests: list[Request], num_tokens: int) -> float:
+def run_generate(model: PreTrainedModel, workload: Workload, requests: list[Request], num_tokens: int) -> float:
     """Wall seconds of transformers' generate on the same prompts, left-padded, as many tokens each."""
-    pad = workload.tokenizer.pad_token_id or 0
-    width = max(len(request.prompt) for request in requests)
-    ids = torch.full((len(requests), width), pad)
-    mask = torch.zeros((len(requests), width), dtype=torch.long)
-    for row, request in enumerate(requests):
-        ids[row, width - len(request.prompt) :] = torch.from_numpy(request.prompt)
-        mask[row, width - len(request.prompt) :] = 1
-    lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-    started = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=pad,
-            **lengths,
-        )
-    seconds = time.perf_counter() - started
-    if out.shape[1] != width + num_tokens:
-        raise RuntimeError(f"generate made {out.shape[1] - width} tokens, expected {num_tokens}")
-    return seconds
+    return batched_generate(model, requests, [num_tokens] * len(requests), workload.tokenizer.pad_token_id or 0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
