@@ -84,8 +84,8 @@ class DraftBatch:
     source: [rows] int8, index into SOURCE_NAMES, of the first draft token.
     age: [rows] int32, visits since the source was sampled, for source "history" (1: the visit before this one).
     match_len: [rows] int32, length of the context suffix that the draft continues.
-    probs: [rows, width] float32, estimated probability that this token and all on the path to it are accepted; 1 from
-        drafters that estimate none.
+    probs: [rows, width] float32, estimated probability that this token and all on the path to it are accepted; NaN
+        from drafters that estimate none.
     cells: [rows, width] int16, the calibration cell of each token (see drafter/calibration.py), -1 without one.
     parents: [rows, width] int16, index of the token before each in the same row; -1 is the request's last token.
     """
@@ -108,7 +108,7 @@ class DraftBatch:
             source=np.zeros(rows, np.int8),
             age=np.zeros(rows, np.int32),
             match_len=np.zeros(rows, np.int32),
-            probs=np.ones((rows, width), np.float32),
+            probs=np.full((rows, width), np.nan, np.float32),
             cells=np.full((rows, width), -1, np.int16),
             parents=np.tile(np.arange(-1, width - 1, dtype=np.int16), (rows, 1)),
         )

@@ -63,7 +63,8 @@ class AcceptanceModel:
         """Takes in one verified step of chains.
 
         cells, probs: [rows, width] as in DraftBatch; drafted, accepted: [rows], tokens verified and kept; ended: [rows]
-        bool, the response ended in this step, so that no draft token was rejected.
+        bool, the response ended in this step, so that no draft token was rejected. Tokens with cell -1 are left out of
+        the cells, tokens with a NaN estimate out of the curve.
         """
         width = int(drafted.max(initial=0))
         if width == 0:
@@ -77,8 +78,9 @@ class AcceptanceModel:
         self._observe_curve(probs[:, :width], kept, (column < drafted[:, None]) & (~ended[:, None] | kept))
 
     def _observe_curve(self, probs: np.ndarray, kept: np.ndarray, judged: np.ndarray) -> None:
+        judged = judged & ~np.isnan(probs)
         estimate, outcome = probs[judged].astype(np.float64), kept[judged].astype(np.float64)
-        estimate = np.clip(np.nan_to_num(estimate), 0.0, 1.0)
+        estimate = np.clip(estimate, 0.0, 1.0)
         bucket = np.minimum((estimate * NUM_CURVE_BUCKETS).astype(np.int64), NUM_CURVE_BUCKETS - 1)
         for row, weights in enumerate((np.ones_like(estimate), estimate, outcome)):
             self.curve[row] += np.bincount(bucket, weights, NUM_CURVE_BUCKETS)

@@ -8,13 +8,14 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.acceptance import AcceptanceModel
@@ -119,7 +120,10 @@ class RolloutPool:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets the workers remove what they put into shared memory; one that does not answer in time is left alone."""
-        ray.wait([worker.close.remote() for worker in self._workers], num_returns=len(self._workers), timeout=timeout_s)
+        # Tidying up must not hide why the job ends.
+        with contextlib.suppress(RayError):
+            refs = [worker.close.remote() for worker in self._workers]
+            ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
 
     def generate(
         self,

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(slots=True)
 class Arms:
-    """What is timed. lengths: response tokens of every request; rates: tokens per second of each round, by arm."""
+    """What is timed. rates: tokens per second of each round, and stats: the engine's totals of the last one, by arm."""
 
     workload: Workload
     requests: list[Request]

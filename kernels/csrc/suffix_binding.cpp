@@ -97,18 +97,14 @@ void bind_suffix_index(py::module_& m) {
   });
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<SuffixIndexSet>(m, "SuffixIndexSet")
-      .def(py::init([](int min_match, int max_candidates, float escape, float enough, float shared_below, size_t threads,
-                       int64_t threads_from) {
+      .def(py::init([](int min_match, int max_candidates, float escape, size_t threads, int64_t threads_from) {
              SetOptions options;
              options.min_match = min_match;
              options.max_candidates = max_candidates;
              options.escape = escape;
-             options.enough = enough;
-             options.shared_below = shared_below;
              return new SuffixIndexSet(options, threads, threads_from);
            }),
-           py::arg("min_match") = 1, py::arg("max_candidates") = 2, py::arg("escape") = 0.5f, py::arg("enough") = 3.0f,
-           py::arg("shared_below") = 1.0f, py::arg("threads") = 1,
+           py::arg("min_match") = 1, py::arg("max_candidates") = 2, py::arg("escape") = 0.5f, py::arg("threads") = 1,
            py::arg("threads_from") = 512)
       .def(
           "begin",

@@ -152,3 +152,14 @@ def test_the_window_forgets(index: IndexChoice) -> None:
     feed(drafter, 2, [5])
     assert propose(drafter, [2], 1, 1).tokens[0, 0] == 3
     assert set(drafter.follow_weights("p", [5])) == {3}
+
+
+@pytest.mark.parametrize("make", DRAFTERS)
+def test_an_estimate_is_a_probability_or_missing(make: Callable[[], Drafter]) -> None:
+    drafter = make()
+    drafter.begin(1, "p", PROMPT)
+    feed(drafter, 1, TEXT)
+    out = propose(drafter, [1], len(TEXT), 4)
+    estimates = out.probs[0, : out.count[0]]
+    assert np.isnan(estimates).all() == isinstance(drafter, NgramDrafter)
+    assert (np.isnan(estimates) | ((estimates > 0.0) & (estimates <= 1.0))).all()

@@ -129,7 +129,7 @@ def test_the_real_package_kernels_is_found_too(repo_root: Path, tmp_path: Path) 
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), "kernels"]
     if run(*pip, cwd=tmp_path).returncode != 0:
-        pytest.skip("the Hugging Face package `kernels` could not be installed")
+        pytest.skip("no package index in reach to install `kernels` from; the stand-in above holds the rule")
     code = KERNELS_CODE.format(marker=str(site))
     done = run(sys.executable, "-c", code, cwd=repo_root, PYTHONPATH=os.pathsep.join([str(repo_root), str(site)]))
     assert done.returncode == 0, done.stderr

@@ -143,8 +143,8 @@ def test_observing_equals_a_plain_loop(steps: list[list[Row]]) -> None:
                 if (kept or (j == num_kept and not ended)) and cells[j] >= 0:
                     seen[cells[j]] += 1
                     accepted[cells[j]] += kept
-                if kept or not ended:
-                    estimate = 0.0 if math.isnan(probs[j]) else min(max(probs[j], 0.0), 1.0)
+                if (kept or not ended) and not math.isnan(probs[j]):
+                    estimate = min(max(probs[j], 0.0), 1.0)
                     curve[:, min(int(estimate * NUM_CURVE_BUCKETS), NUM_CURVE_BUCKETS - 1)] += (1, estimate, kept)
                     squared_error += (estimate - kept) ** 2
     np.testing.assert_array_equal(model.seen, seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,38 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-triton = pytest.importorskip("triton")
+from tests.triton_interpreter import DEVICE, triton  # isort: skip
 
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from slipstream.kernels import reference  # noqa: E402
-from slipstream.kernels.reference import SamplingRows  # noqa: E402
-from slipstream.kernels.triton import noise  # noqa: E402
-from slipstream.kernels.triton import sample_verify as sv  # noqa: E402
+from slipstream.kernels import reference
+from slipstream.kernels.reference import SamplingRows
+from slipstream.kernels.triton import noise
+from slipstream.kernels.triton import sample_verify as sv
 
-if DEVICE == "cpu":
-    from triton.runtime import interpreter
-
-    if not isinstance(tl.max, interpreter.InterpretedFunction):
-        pytest.skip("triton was imported before TRITON_INTERPRET was set", allow_module_level=True)
 SMALL = (64, 128)
 """Two blocks a chunk, so that small vocabularies have many splits."""
-
-
-@pytest.fixture(autouse=True)
-def _scalar_loop_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter holds scalars as arrays of one element, which numpy 2.4 no longer turns into loop bounds."""
-    if DEVICE == "cpu":
-        original = interpreter._patch_lang_tensor
-
-        def patched(tensor: type, scope: interpreter._LangPatchScope) -> None:
-            original(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def make_rows(num: int, **overrides: object) -> SamplingRows:

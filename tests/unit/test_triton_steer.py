@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -12,13 +11,7 @@ from torch import Tensor
 
 from slipstream.kernels.dispatch import pick_backend
 from slipstream.kernels.steer import steer, steer_reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-triton = pytest.importorskip("triton")
-if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
-    pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+from tests.triton_interpreter import DEVICE
 
 both_backends = pytest.mark.parametrize("backend", ["reference", "triton"])
 SHAPES = [(4, 3, 40, 1), (2, 1, 100, 5), (3, 40, 64, 2), (1, 2, 1, 1), (2, 1, 2500, 3)]

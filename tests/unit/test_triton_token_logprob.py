@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -14,13 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.kernels.token_logprob import IGNORE_INDEX, token_logprob, token_logprob_reference
 from slipstream.trainer.losses import token_logprobs
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-triton = pytest.importorskip("triton")
-if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
-    pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
+from tests.triton_interpreter import DEVICE
 
 SIZES = [(1, 5, 3), (37, 301, 40), (130, 400, 70)]
 """(N, V, H): less than a block, no multiple of one, and several row blocks and vocabulary splits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
-
-from triton.runtime import interpreter
+from tests.triton_interpreter import DEVICE, interpreter  # isort: skip
 
 from slipstream.kernels import reference
 from slipstream.kernels.triton import append_kv as cache_ops
@@ -25,20 +20,7 @@ from slipstream.kernels.triton.verify_attention import (
     verify_attention_reference,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def _loops_over_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter of Triton 3.6 turns one-element arrays into integers in a way that NumPy 2.4 refuses."""
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""Triton for tests: compiled where there is a GPU, else run by its interpreter on the CPU.
+
+Without Triton the importing test module is skipped; Triton that was imported with the interpreter off is an error,
+because tests/conftest.py sees to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.runtime import interpreter  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
+    raise RuntimeError("triton was imported with TRITON_INTERPRET unset; tests/conftest.py sets it where no GPU is")
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _with_scalar_loop_bounds(tensor: Any, scope: Any) -> None:
+    """The interpreter of Triton 3.6 turns one-element arrays into integers in a way that NumPy 2.4 refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+if DEVICE == "cpu":
+    interpreter._patch_lang_tensor = _with_scalar_loop_bounds
