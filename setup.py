@@ -25,7 +25,7 @@ setup(
         Pybind11Extension(
             "slipstream.kernels._native",
             [str(SOURCES / "binding.cpp"), str(SOURCES / "suffix_binding.cpp")],
-            depends=sorted(str(header) for header in SOURCES.glob("*.h")),
+            depends=sorted(str(path) for path in SOURCES.iterdir()),
             cxx_std=17,
             # -ffp-contract=off: a fused multiply-add would round differently from the reference.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],

@@ -10,8 +10,11 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
 from slipstream.kernels import reference
+from slipstream.kernels.layers import adopt_layers
+from slipstream.kernels.linear import PackedLinears
 from slipstream.kernels.reference import SamplingRows, Verified
 
 try:
@@ -35,6 +38,12 @@ class KernelSet(Protocol):
 
     name: str
     reason: str
+
+    def adopt(self, model: nn.Module) -> None:
+        """Takes over the layers of the model that these kernels compute."""
+
+    def before_pass(self) -> None:
+        """Follows weights that were changed in place since the last pass."""
 
     def append_kv(
         self,
@@ -71,6 +80,12 @@ class ReferenceKernels:
 
     name = "reference"
 
+    def adopt(self, model: nn.Module) -> None:
+        """torch's own linear layers."""
+
+    def before_pass(self) -> None:
+        """Nothing to keep up."""
+
     def __init__(self, reason: str) -> None:
         self.reason = reason
         self.append_kv = reference.append_kv
@@ -84,12 +99,29 @@ class ReferenceKernels:
 
 
 class NativeKernels:
-    """C++ on the CPU, float32 cache."""
+    """C++ on the CPU, float32 cache.
+
+    num_threads: of attention, linear layers and sampling. isa: auto, plain, avx2 or avx512; all give the same bits.
+    """
 
     name = "native"
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, num_threads: int = 1, isa: str = "auto") -> None:
+        self.context = _native.Context(num_threads, isa=isa)
+        self.reason = f"{reason}, {self.context.isa}, {num_threads} threads"
+        self._linears: PackedLinears | None = None
+
+    def adopt(self, model: nn.Module) -> None:
+        """Packs the weights of the model's linear layers: once more the memory of those, for their speed."""
+        self._linears = PackedLinears(
+            model, lambda layer: _native.PackedLinear(layer.out_features, layer.in_features), self.context
+        )
+        adopt_layers(model, _native, self.context)
+
+    def before_pass(self) -> None:
+        """Packs anew what was updated."""
+        if self._linears is not None:
+            self._linears.refresh()
 
     def append_kv(
         self,
@@ -134,6 +166,7 @@ class NativeKernels:
             window,
             softcap,
             out.numpy(),
+            self.context,
         )
         return out
 
@@ -165,12 +198,13 @@ class NativeKernels:
             out.logprobs,
             out.count,
             out.finish,
+            self.context,
         )
         return out
 
 
-def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> KernelSet:
-    """The kernels for one engine. Raises KernelError when `native` is asked for and cannot run."""
+def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype, num_threads: int = 1) -> KernelSet:
+    """The kernels for one engine, with their threads. Raises KernelError when `native` is asked for and cannot run."""
     problem = ""
     if _native is None:
         problem = f"the native extension is not built ({NATIVE_ERROR})"
@@ -180,7 +214,7 @@ def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Ke
         raise KernelError(f"engine.kernels=native: {problem}")
     if choice == "reference":
         return ReferenceKernels("asked for by engine.kernels=reference")
-    return ReferenceKernels(problem) if problem else NativeKernels("built, float32 on the CPU")
+    return ReferenceKernels(problem) if problem else NativeKernels("built, float32 on the CPU", num_threads)
 
 
 def pick_backend(backend: Backend, device: torch.device) -> Literal["triton", "reference"]:

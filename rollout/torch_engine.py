@@ -70,7 +70,8 @@ class TorchEngine:
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.eval()
         self.device, self.dtype = model.device, model.dtype
-        self.kernels = select(kernels, self.device, self.dtype)
+        self.kernels = select(kernels, self.device, self.dtype, torch.get_num_threads())
+        self.kernels.adopt(self.model)
         self.vocab_size = int(config.vocab_size)
         self.max_len = max_len or context
         self.max_forward_tokens, self.max_draft_tokens = max_forward_tokens, max_draft_tokens
@@ -208,6 +209,7 @@ class TorchEngine:
             self._drafts.count[rows_hit] = invalid[rows_hit].argmax(axis=1)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor:
+        self.kernels.before_pass()
         positions = self._on_device(plan.positions)
         self.cache.places = StepPlaces(self._on_device(plan.slots), positions)
         output = self.model(

@@ -3,10 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <optional>
 #include <string>
 
 #include "arrays.h"
 #include "attention.h"
+#include "context.h"
+#include "layers.h"
+#include "linear.h"
 #include "philox.h"
 #include "sampler.h"
 
@@ -14,7 +19,7 @@ namespace py = pybind11;
 using namespace slipstream;
 
 static CacheShape cache_shape(const In<float>& keys, const In<float>& values) {
-  require(keys.ndim() == 5 && keys.shape(4) == kLanes && values.ndim() == 4,
+  require(keys.ndim() == 5 && keys.shape(4) == kWide && values.ndim() == 4,
           "keys must be [S, Hkv, blocks, D, 16] and values [S, Hkv, blocks * 16, D]");
   const CacheShape s{keys.shape(0), keys.shape(1), keys.shape(2), keys.shape(3)};
   require(values.shape(0) == s.slots && values.shape(1) == s.kv_heads && values.shape(2) == s.length() &&
@@ -46,7 +51,8 @@ static void bind_attention(py::module_& m) {
   }, py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("new_keys"), py::arg("new_values"),
      py::arg("slots"), py::arg("positions"));
   m.def("ragged_attention", [](In<float> query, In<float> keys, In<float> values, In<int64_t> slots,
-                               In<int64_t> positions, float scale, int64_t window, float softcap, In<float> out) {
+                               In<int64_t> positions, float scale, int64_t window, float softcap, In<float> out,
+                               Context& context) {
     const CacheShape s = cache_shape(keys, values);
     require(query.ndim() == 3 && query.shape(2) == s.head_dim && query.shape(1) % s.kv_heads == 0,
             "query must be [T, H, D] with H a multiple of Hkv");
@@ -55,9 +61,90 @@ static void bind_attention(py::module_& m) {
     const AttentionArgs args{s,           query.shape(0),   query.shape(1), query.data(), keys.data(), values.data(),
                              slots.data(), positions.data(), scale,          softcap,      window,      out.mutable_data()};
     py::gil_scoped_release release;
-    ragged_attention(args);
+    ragged_attention(context.isa, &context.threads, args);
   }, py::arg("query"), py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"),
-     py::arg("positions"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert());
+     py::arg("positions"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(),
+     py::arg("context"));
+}
+
+// Numpy has no bfloat16: such arrays come as int16 of the same bits.
+template <typename Stored, typename T>
+static void bind_sample_verify(py::module_& m, const char* name) {
+  m.def(name, [](In<Stored> logits, In<int64_t> offsets, In<int32_t> drafts, In<uint64_t> seed, In<uint64_t> uid,
+                 In<int32_t> position, In<float> temperature, In<float> top_p, In<int32_t> top_k, In<int32_t> remaining,
+                 In<int32_t> stop_ids, In<int32_t> stop_offsets, In<int32_t> tokens, In<float> logprobs,
+                 In<int32_t> count, In<int8_t> finish, Context& context) {
+    require(logits.ndim() == 2 && logits.shape(1) > 0, "logits must be [R, V]");
+    const int64_t rows = logits.shape(0), requests = offsets.size() - 1;
+    require(requests >= 0 && drafts.size() == rows && tokens.size() == rows && logprobs.size() == rows,
+            "drafts, tokens and logprobs must have one entry a row");
+    for (int64_t i = 0; i < requests; ++i)
+      require(offsets.data()[i] < offsets.data()[i + 1], "every request needs at least one row");
+    require(requests == 0 || (offsets.data()[0] == 0 && offsets.data()[requests] == rows), "offsets must cover the rows");
+    const auto per_request = [&](py::ssize_t size) { return size == requests; };
+    require(per_request(seed.size()) && per_request(uid.size()) && per_request(position.size()) &&
+                per_request(temperature.size()) && per_request(top_p.size()) && per_request(top_k.size()) &&
+                per_request(remaining.size()) && per_request(count.size()) && per_request(finish.size()) &&
+                stop_offsets.size() == requests + 1,
+            "sampling parameters must have one entry a request");
+    const VerifyArgs<T> args{reinterpret_cast<const T*>(logits.data()), static_cast<int>(logits.shape(1)),
+                             static_cast<int>(requests), offsets.data(), drafts.data(), seed.data(), uid.data(),
+                             position.data(), temperature.data(), top_p.data(), top_k.data(), remaining.data(),
+                             stop_ids.data(), stop_offsets.data(), tokens.mutable_data(), logprobs.mutable_data(),
+                             count.mutable_data(), finish.mutable_data()};
+    py::gil_scoped_release release;
+    sample_verify(context.isa, &context.threads, args);
+  }, py::arg("logits"), py::arg("offsets"), py::arg("drafts"), py::arg("seed"), py::arg("uid"), py::arg("position"),
+     py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("remaining"), py::arg("stop_ids"),
+     py::arg("stop_offsets"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
+     py::arg("count").noconvert(), py::arg("finish").noconvert(), py::arg("context"));
+}
+
+template <typename Stored, typename T>
+static void bind_linear(py::module_& m, const char* name) {
+  using Layer = PackedLinear<T>;
+  py::class_<Layer>(m, name)
+      .def(py::init<int64_t, int64_t>(), py::arg("n"), py::arg("k"))
+      .def("pack", [](Layer& layer, In<Stored> weight, std::optional<In<Stored>> bias) {
+        require(weight.ndim() == 2 && weight.shape(0) == layer.n() && weight.shape(1) == layer.k(), "weight must be [n, k]");
+        require(!bias || bias->size() == layer.n(), "bias must be [n]");
+        const T* given = bias ? reinterpret_cast<const T*>(bias->data()) : nullptr;
+        const T* weights = reinterpret_cast<const T*>(weight.data());
+        py::gil_scoped_release release;
+        layer.pack(weights, given);
+      }, py::arg("weight").noconvert(), py::arg("bias").noconvert())
+      // Addresses, not arrays: a step makes hundreds of these calls, and the wrapper has checked what they point to.
+      .def("forward", [](const Layer& layer, uintptr_t x, int64_t rows, uintptr_t out, Context& context) {
+        py::gil_scoped_release release;
+        layer.forward(context.isa, &context.threads, reinterpret_cast<const T*>(x), rows, reinterpret_cast<T*>(out));
+      }, py::arg("x"), py::arg("rows"), py::arg("out"), py::arg("context"));
+}
+
+static void bind_layers(py::module_& m) {
+  // Addresses, as for linear layers.
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t dim, float epsilon, uintptr_t out,
+                       Context& context) {
+    const NormArgs args{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), rows, dim, epsilon,
+                        reinterpret_cast<float*>(out)};
+    py::gil_scoped_release release;
+    rms_norm(context.isa, &context.threads, args);
+  }, py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("dim"), py::arg("epsilon"), py::arg("out"),
+     py::arg("context"));
+  m.def("silu_mul", [](uintptr_t gate, uintptr_t up, uintptr_t out, int64_t size, Context& context) {
+    py::gil_scoped_release release;
+    silu_mul(context.isa, &context.threads, reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
+             reinterpret_cast<float*>(out), size);
+  }, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("size"), py::arg("context"));
+}
+
+static void bind_context(py::module_& m) {
+  py::class_<Context>(m, "Context", "Instruction set and threads that the kernels of one engine share.")
+      .def(py::init([](size_t num_threads, int spin_us, const std::string& isa) {
+        require(num_threads >= 1 && num_threads <= 1024, "num_threads must be 1 to 1024");
+        return std::make_unique<Context>(num_threads, spin_us, isa);
+      }), py::arg("num_threads"), py::arg("spin_us") = 100, py::arg("isa") = "auto")
+      .def_property_readonly("num_threads", [](const Context& context) { return context.threads.size(); })
+      .def_property_readonly("isa", [](const Context& context) { return isa_name(context.isa); });
 }
 
 static void bind_sampler(py::module_& m) {
@@ -72,42 +159,19 @@ static void bind_sampler(py::module_& m) {
     return out;
   });
   m.def("philox4x32", [](std::array<uint32_t, 4> counter, uint32_t k0, uint32_t k1) { return philox4x32(counter, k0, k1); });
-  m.def("sample_verify", [](In<float> logits, In<int64_t> offsets, In<int32_t> drafts, In<uint64_t> seed,
-                            In<uint64_t> uid, In<int32_t> position, In<float> temperature, In<float> top_p,
-                            In<int32_t> top_k, In<int32_t> remaining, In<int32_t> stop_ids, In<int32_t> stop_offsets,
-                            In<int32_t> tokens, In<float> logprobs, In<int32_t> count, In<int8_t> finish) {
-    require(logits.ndim() == 2 && logits.shape(1) > 0, "logits must be [R, V]");
-    const int64_t rows = logits.shape(0), requests = offsets.size() - 1;
-    require(requests >= 0 && drafts.size() == rows && tokens.size() == rows && logprobs.size() == rows,
-            "drafts, tokens and logprobs must have one entry a row");
-    for (int64_t i = 0; i < requests; ++i)
-      require(offsets.data()[i] < offsets.data()[i + 1], "every request needs at least one row");
-    require(requests == 0 || (offsets.data()[0] == 0 && offsets.data()[requests] == rows), "offsets must cover the rows");
-    const auto per_request = [&](py::ssize_t size) { return size == requests; };
-    require(per_request(seed.size()) && per_request(uid.size()) && per_request(position.size()) &&
-                per_request(temperature.size()) && per_request(top_p.size()) && per_request(top_k.size()) &&
-                per_request(remaining.size()) && per_request(count.size()) && per_request(finish.size()) &&
-                stop_offsets.size() == requests + 1,
-            "sampling parameters must have one entry a request");
-    const VerifyArgs args{logits.data(),       static_cast<int>(logits.shape(1)), static_cast<int>(requests),
-                          offsets.data(),      drafts.data(),                     seed.data(),
-                          uid.data(),          position.data(),                   temperature.data(),
-                          top_p.data(),        top_k.data(),                      remaining.data(),
-                          stop_ids.data(),     stop_offsets.data(),               tokens.mutable_data(),
-                          logprobs.mutable_data(), count.mutable_data(),          finish.mutable_data()};
-    py::gil_scoped_release release;
-    sample_verify(args);
-  }, py::arg("logits"), py::arg("offsets"), py::arg("drafts"), py::arg("seed"), py::arg("uid"), py::arg("position"),
-     py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("remaining"), py::arg("stop_ids"),
-     py::arg("stop_offsets"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
-     py::arg("count").noconvert(), py::arg("finish").noconvert());
+  bind_sample_verify<float, float>(m, "sample_verify");
+  bind_sample_verify<int16_t, Bf16>(m, "sample_verify_bf16");
 }
 
 void bind_suffix_index(py::module_& m);  // suffix_binding.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels; each has its plain twin in slipstream.kernels.reference.";
+  bind_context(m);
   bind_attention(m);
+  bind_layers(m);
+  bind_linear<float, float>(m, "PackedLinear");
+  bind_linear<int16_t, Bf16>(m, "PackedLinearBf16");
   bind_sampler(m);
   bind_suffix_index(m);
 }

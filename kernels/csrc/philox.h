@@ -26,12 +26,4 @@ inline float gumbel_from_bits(uint32_t bits) {
   return static_cast<float>(-std::log(-std::log(uniform)));
 }
 
-// An upper bound of gumbel_from_bits without a logarithm: with k leading ones in `bits`, 1 - u >= 2^-(k+1), and
-// -log(u) >= 1 - u, so g <= (k + 1) log 2. The margin covers the rounding to float.
-inline float gumbel_bound(uint32_t bits) {
-  const uint32_t inverted = ~bits;
-  const int leading = inverted == 0 ? 32 : __builtin_clz(inverted);
-  return 0.6931473f * static_cast<float>(leading + 1) + 1e-3f;
-}
-
 }  // namespace slipstream

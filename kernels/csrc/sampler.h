@@ -6,9 +6,13 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "philox.h"
+#include "simd.h"
+#include "step_threads.h"
 #include "vector_math.h"
 
 namespace slipstream {
@@ -27,112 +31,74 @@ struct Sampled {
   bool ok;
 };
 
-class Sampler {
- public:
-  explicit Sampler(int vocab) : vocab_(vocab), scaled_(vocab) {}
-
-  Sampled sample(const float* logits, const RowParams& row, uint32_t position) {
-    float peak = -std::numeric_limits<float>::infinity();
-    int best = 0;
-    bool bad = false;
-    for (int v = 0; v < vocab_; ++v) {
-      bad |= std::isnan(logits[v]);
-      if (logits[v] > peak) {
-        peak = logits[v];
-        best = v;
-      }
-    }
-    if (bad || !std::isfinite(peak)) return {0, 0.0f, false};
-    if (row.temperature == 0.0f) return {best, 0.0f, true};
-    scale(logits, row.temperature);
-    const bool filtered = row.top_k > 0 || row.top_p < 1.0f;
-    if (filtered) filter(row.top_k, row.top_p);
-    const float top = scaled_[best];
-    const int token = argmax_noisy(row, position);
-    const double mass = mass_below(top);
-    return {token, static_cast<float>(double(scaled_[token]) - double(top) - std::log(mass)), true};
-  }
-
- private:
-  static constexpr int kSumBlock = 1024;
-
-  SLIPSTREAM_CLONES void scale(const float* logits, float temperature) {
-    for (int v = 0; v < vocab_; ++v) scaled_[v] = logits[v] / temperature;
-  }
-
-  // sum of exp(scaled - top); lanes are summed in float over a few hundred terms, then in double.
-  SLIPSTREAM_CLONES double mass_below(float top) const {
-    double mass = 0.0;
-    for (int first = 0; first < vocab_; first += kSumBlock) {
-      const int last = std::min(vocab_, first + kSumBlock);
-      Lanes sum = {};
-      int v = first;
-      for (; v + kLanes <= last; v += kLanes) {
-        Lanes x;
-        load(x, scaled_.data() + v);
-        x -= top;
-        exp_nonpositive(x);
-        sum += x;
-      }
-      if (v < last) {
-        Lanes x = Lanes{} - std::numeric_limits<float>::infinity();
-        for (int i = 0; v + i < last; ++i) x[i] = scaled_[v + i] - top;
-        exp_nonpositive(x);
-        sum += x;
-      }
-      mass += lane_sum(sum);
-    }
-    return mass;
-  }
-
-  // Removes what top-k and top-p leave out by writing -inf; the most probable token always stays.
-  void filter(int32_t top_k, float top_p) {
-    order_.resize(vocab_);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return scaled_[a] > scaled_[b]; });
-    size_t keep = top_k > 0 ? std::min<size_t>(top_k, order_.size()) : order_.size();
-    if (top_p < 1.0f) {
-      const double peak = scaled_[order_[0]];
-      double total = 0.0;
-      for (size_t j = 0; j < keep; ++j) total += std::exp(double(scaled_[order_[j]]) - peak);
-      double before = 0.0;
-      size_t kept = 0;
-      for (; kept < keep && before < double(top_p) * total; ++kept)
-        before += std::exp(double(scaled_[order_[kept]]) - peak);
-      keep = kept;
-    }
-    for (size_t j = keep; j < order_.size(); ++j) scaled_[order_[j]] = -std::numeric_limits<float>::infinity();
-  }
-
-  // argmax of scaled + noise; the two logarithms run only for tokens whose bound can still win.
-  int argmax_noisy(const RowParams& row, uint32_t position) const {
-    const uint32_t uid_low = static_cast<uint32_t>(row.uid), uid_high = static_cast<uint32_t>(row.uid >> 32);
-    const uint32_t key_low = static_cast<uint32_t>(row.seed), key_high = static_cast<uint32_t>(row.seed >> 32);
-    float best = -std::numeric_limits<float>::infinity();
-    int token = 0;
-    for (int block = 0; block * 4 < vocab_; ++block) {
-      const Word4 bits = philox4x32({static_cast<uint32_t>(block), position, uid_low, uid_high}, key_low, key_high);
-      const int last = std::min(4, vocab_ - block * 4);
-      for (int i = 0; i < last; ++i) {
-        const int v = block * 4 + i;
-        if (!(scaled_[v] + gumbel_bound(bits[i]) > best)) continue;
-        const float noisy = scaled_[v] + gumbel_from_bits(bits[i]);
-        if (noisy > best) {
-          best = noisy;
-          token = v;
-        }
-      }
-    }
-    return token;
-  }
-
-  int vocab_;
-  std::vector<float> scaled_;
-  std::vector<int> order_;
+// Philox's counter and key besides the block of the vocabulary.
+struct NoiseKey {
+  uint32_t position, uid_low, uid_high, seed_low, seed_high;
 };
 
+// Buffers of one thread. scaled: the vocabulary, rounded up to a multiple of 16.
+struct RowScratch {
+  explicit RowScratch(int size) : vocab(size), scaled((size + kWide - 1) / kWide * kWide) {}
+  int vocab;
+  std::vector<float> scaled;
+  std::vector<int> order;
+  std::vector<std::pair<int, float>> likely;
+};
+
+// Writes -inf over what top-k and top-p leave out; the most probable token always stays. Order: falling, the lower index
+// first. Only as many tokens as needed are put in order.
+inline void keep_likely(RowScratch& scratch, int32_t top_k, float top_p) {
+  float* scaled = scratch.scaled.data();
+  std::vector<int>& order = scratch.order;
+  order.resize(scratch.vocab);
+  std::iota(order.begin(), order.end(), 0);
+  const auto before = [&](int a, int b) { return scaled[a] > scaled[b] || (scaled[a] == scaled[b] && a < b); };
+  size_t sorted = 0;
+  const auto sort_first = [&](size_t count) {
+    if (count < order.size()) std::nth_element(order.begin() + sorted, order.begin() + count, order.end(), before);
+    std::sort(order.begin() + sorted, order.begin() + count, before);
+    sorted = count;
+  };
+  size_t keep = order.size();
+  if (top_k > 0) {
+    keep = std::min<size_t>(top_k, keep);
+    sort_first(keep);
+  } else {
+    sort_first(std::min<size_t>(64, keep));
+  }
+  if (top_p < 1.0f) {
+    const double peak = scaled[order[0]];
+    double total = 0.0, mass = 0.0;
+    for (size_t j = 0; j < keep; ++j) total += std::exp(double(scaled[order[j]]) - peak);
+    size_t kept = 0;
+    for (; kept < keep && mass < double(top_p) * total; ++kept) {
+      if (kept == sorted) sort_first(std::min(keep, 4 * sorted));
+      mass += std::exp(double(scaled[order[kept]]) - peak);
+    }
+    keep = kept;
+  }
+  std::vector<std::pair<int, float>>& likely = scratch.likely;
+  likely.clear();
+  for (size_t j = 0; j < keep; ++j) likely.emplace_back(order[j], scaled[order[j]]);
+  std::fill_n(scaled, scratch.vocab, -std::numeric_limits<float>::infinity());
+  for (const auto& [token, value] : likely) scaled[token] = value;
+}
+
+#define SLIPSTREAM_ISA_FILE "sampler_isa.inc"
+#include "for_each_isa.h"
+
+template <typename T>
+Sampled sample_row(Isa isa, const T* logits, const RowParams& row, uint32_t position, RowScratch& scratch) {
+#ifdef SLIPSTREAM_X86
+  if (isa == Isa::kAvx512) return avx512::sample_row(logits, row, position, scratch);
+  if (isa == Isa::kAvx2) return avx2::sample_row(logits, row, position, scratch);
+#endif
+  return plain::sample_row(logits, row, position, scratch);
+}
+
+template <typename T>
 struct VerifyArgs {
-  const float* logits;  // [rows, vocab]
+  const T* logits;  // [rows, vocab]
   int vocab, num_requests;
   const int64_t* offsets;  // [num_requests + 1]
   const int32_t* drafts;   // [rows]
@@ -146,30 +112,37 @@ struct VerifyArgs {
   int8_t* finish;   // [num_requests]
 };
 
-inline void sample_verify(const VerifyArgs& a) {
-  Sampler sampler(a.vocab);
-  for (int i = 0; i < a.num_requests; ++i) {
-    const RowParams row{a.seed[i], a.uid[i], a.temperature[i], a.top_p[i], a.top_k[i]};
-    const int32_t *stop_first = a.stop_ids + a.stop_offsets[i], *stop_last = a.stop_ids + a.stop_offsets[i + 1];
-    a.count[i] = 0;
-    a.finish[i] = kNone;
-    for (int64_t j = a.offsets[i]; j < a.offsets[i + 1]; ++j) {
-      const uint32_t position = static_cast<uint32_t>(a.position[i] + (j - a.offsets[i]));
-      const Sampled drawn = sampler.sample(a.logits + j * a.vocab, row, position);
-      if (!drawn.ok) {
-        a.finish[i] = kError;
-        break;
-      }
-      a.tokens[j] = drawn.token;
-      a.logprobs[j] = drawn.logprob;
-      ++a.count[i];
-      if (std::find(stop_first, stop_last, drawn.token) != stop_last)
-        a.finish[i] = kStop;
-      else if (a.count[i] >= a.remaining[i])
-        a.finish[i] = kLength;
-      if (a.finish[i] != kNone || drawn.token != a.drafts[j]) break;
+template <typename T>
+void verify_request(Isa isa, const VerifyArgs<T>& a, int i, RowScratch& scratch) {
+  const RowParams row{a.seed[i], a.uid[i], a.temperature[i], a.top_p[i], a.top_k[i]};
+  const int32_t *stop_first = a.stop_ids + a.stop_offsets[i], *stop_last = a.stop_ids + a.stop_offsets[i + 1];
+  a.count[i] = 0;
+  a.finish[i] = kNone;
+  for (int64_t j = a.offsets[i]; j < a.offsets[i + 1]; ++j) {
+    const uint32_t position = static_cast<uint32_t>(a.position[i] + (j - a.offsets[i]));
+    const Sampled drawn = sample_row(isa, a.logits + j * a.vocab, row, position, scratch);
+    if (!drawn.ok) {
+      a.finish[i] = kError;
+      break;
     }
+    a.tokens[j] = drawn.token;
+    a.logprobs[j] = drawn.logprob;
+    ++a.count[i];
+    if (std::find(stop_first, stop_last, drawn.token) != stop_last)
+      a.finish[i] = kStop;
+    else if (a.count[i] >= a.remaining[i])
+      a.finish[i] = kLength;
+    if (a.finish[i] != kNone || drawn.token != a.drafts[j]) break;
   }
+}
+
+template <typename T>
+void sample_verify(Isa isa, StepThreads* threads, const VerifyArgs<T>& a) {
+  for_each_task(threads, a.num_requests, [&](int64_t i) {
+    thread_local std::optional<RowScratch> scratch;
+    if (!scratch || scratch->vocab != a.vocab) scratch.emplace(a.vocab);
+    verify_request(isa, a, static_cast<int>(i), *scratch);
+  });
 }
 
 }  // namespace slipstream

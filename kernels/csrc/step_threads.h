@@ -1,20 +1,29 @@
 // A few threads that share one engine step's rows.
-// Invariant: `run` returns after every part has ended; a part that throws is rethrown there, the first one if several do.
+// Invariants
+// - `run` returns after every task has ended; a task that throws is rethrown there, the first one if several do.
+// - Nobody waits for a thread that has not begun: the caller works through the tasks itself, and a helper that the
+//   system wakes late finds the gate closed and sleeps again. On a machine that is busy this is what costs nothing.
+// - A helper spins for a moment before it sleeps: between two kernels of one forward pass lie some tens of
+//   microseconds, which is less than waking a sleeper takes.
 #pragma once
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace slipstream {
 
 class StepThreads {
  public:
-  // count: threads besides the caller's.
-  explicit StepThreads(size_t count) : errors_(count + 1) {
-    for (size_t i = 0; i < count; ++i) threads_.emplace_back([this, i] { work(i + 1); });
+  // count: threads besides the caller's. spin: how long a helper looks for the next round before it sleeps.
+  explicit StepThreads(size_t count, std::chrono::microseconds spin = std::chrono::microseconds(0)) : spin_(spin) {
+    for (size_t i = 0; i < count; ++i) helpers_.emplace_back([this] { help(); });
   }
   StepThreads(const StepThreads&) = delete;
   StepThreads& operator=(const StepThreads&) = delete;
@@ -22,63 +31,107 @@ class StepThreads {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
+      round_.fetch_add(1);
     }
     start_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
+    for (std::thread& helper : helpers_) helper.join();
   }
 
-  size_t size() const { return threads_.size() + 1; }
+  size_t size() const { return helpers_.size() + 1; }
 
-  // part(i) runs for every i below size(), part(0) on the caller's thread.
-  void run(const std::function<void(size_t)>& part) {
+  // task(i) runs once for every i below `count`, each on whichever thread takes it first.
+  void run(size_t count, const std::function<void(size_t)>& task) {
+    if (helpers_.empty() || count <= 1) {
+      for (size_t i = 0; i < count; ++i) task(i);
+      return;
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      part_ = &part;
-      running_ = threads_.size();
-      ++round_;
+      task_ = &task;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      gate_.store(0, std::memory_order_release);  // open, nobody inside
+      round_.fetch_add(1, std::memory_order_release);
     }
-    start_.notify_all();
-    call(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return running_ == 0; });
-    for (std::exception_ptr& error : errors_)
-      if (error) {
-        const std::exception_ptr raised = error;
-        for (std::exception_ptr& each : errors_) each = nullptr;
-        std::rethrow_exception(raised);
-      }
+    if (sleeping_.load() > 0) start_.notify_all();
+    take_tasks();
+    gate_.fetch_or(kClosed, std::memory_order_acq_rel);
+    // Whoever is inside has a task in hand: a few microseconds, or what the system's scheduler takes.
+    for (int looks = 0; gate_.load(std::memory_order_acquire) != kClosed; ++looks)
+      if (looks > 1000) std::this_thread::yield();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
-  void call(size_t i) {
-    try {
-      (*part_)(i);
-    } catch (...) {
-      errors_[i] = std::current_exception();
+  static constexpr uint32_t kClosed = 1u << 31;
+
+  void take_tasks() {
+    for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
+      try {
+        (*task_)(i);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
     }
   }
 
-  void work(size_t i) {
-    size_t seen = 0;
+  bool enter() {
+    uint32_t gate = gate_.load(std::memory_order_acquire);
+    while (!(gate & kClosed))
+      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
+    return false;
+  }
+
+  void wait_for_round(size_t seen) {
+    const auto next = [&] { return round_.load(std::memory_order_acquire) != seen; };
+    if (spin_.count() > 0) {
+      const auto deadline = std::chrono::steady_clock::now() + spin_;
+      do {
+        for (int i = 0; i < 32; ++i) {
+          if (next()) return;
+#if defined(__x86_64__)
+          __builtin_ia32_pause();
+#endif
+        }
+      } while (std::chrono::steady_clock::now() < deadline);
+    }
     std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.fetch_add(1);
+    start_.wait(lock, next);
+    sleeping_.fetch_sub(1);
+  }
+
+  void help() {
+    size_t seen = 0;
     for (;;) {
-      start_.wait(lock, [&] { return stopping_ || round_ != seen; });
+      wait_for_round(seen);
+      seen = round_.load(std::memory_order_acquire);
       if (stopping_) return;
-      seen = round_;
-      lock.unlock();
-      call(i);
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      if (!enter()) continue;
+      take_tasks();
+      gate_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
 
+  const std::chrono::microseconds spin_;
   std::mutex mutex_;
-  std::condition_variable start_, done_;
-  const std::function<void(size_t)>* part_ = nullptr;
-  size_t running_ = 0, round_ = 0;
-  bool stopping_ = false;
-  std::vector<std::exception_ptr> errors_;
-  std::vector<std::thread> threads_;
+  std::condition_variable start_;
+  const std::function<void(size_t)>* task_ = nullptr;
+  size_t count_ = 0;
+  std::exception_ptr error_;
+  std::atomic<uint32_t> gate_{kClosed};
+  std::atomic<size_t> next_{0}, round_{0};
+  std::atomic<int> sleeping_{0};
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> helpers_;
 };
+
+// task(i) for every i below `count`, on the caller's thread alone if `threads` is null.
+template <typename Task>
+void for_each_task(StepThreads* threads, int64_t count, const Task& task) {
+  if (threads != nullptr && count > 1) return threads->run(static_cast<size_t>(count), [&](size_t i) { task(int64_t(i)); });
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
 
 }  // namespace slipstream

@@ -301,7 +301,7 @@ class SuffixIndexSet {
       while (cut > 0 && cut < count && batch_[order_[cut]]->live == batch_[order_[cut - 1]]->live) ++cut;
       cuts_.push_back(cut);
     }
-    threads_->run([&](size_t part) {
+    threads_->run(workers_.size(), [&](size_t part) {
       if (cuts_[part] < cuts_[part + 1]) work(workers_[part], cuts_[part], cuts_[part + 1]);
     });
   }

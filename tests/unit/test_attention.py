@@ -72,3 +72,32 @@ def test_places_outside_the_cache_are_refused() -> None:
         NativeKernels("test").ragged_attention(
             torch.zeros(1, 2, DIM), keys, values, torch.tensor([SLOTS]), torch.tensor([0]), 1.0
         )
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_bits_do_not_depend_on_instruction_set_or_threads(window: int, heads: int) -> None:
+    keys, values = make_cache(4)
+    slots = torch.arange(5).repeat_interleave(9)
+    positions = torch.tensor([0, 17, 30, 39, 3]).repeat_interleave(9) + torch.arange(9).repeat(5)
+    query = torch.randn(45, heads, DIM)
+    names = ("plain", "avx2", "avx512")
+    best = names.index(NativeKernels("test").context.isa)
+    kernels = [NativeKernels("test", isa=name) for name in names[: best + 1]] + [NativeKernels("test", num_threads=3)]
+    outputs = [one.ragged_attention(query, keys, values, slots, positions, 0.2, window) for one in kernels]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_what_lies_beyond_a_request_is_never_read_into_it() -> None:
+    """Rejected drafts of a model that returned NaN stay in the cache until they are overwritten."""
+    keys, values = make_cache(5)
+    query, slots, positions = torch.randn(4, 4, DIM), torch.tensor([1, 1, 1, 1]), torch.tensor([8, 9, 10, 11])
+    kernels = NativeKernels("test")
+    clean = kernels.ragged_attention(query, keys, values, slots, positions, 0.2)
+    keys[1, :, 0, :, 12:] = float("nan")
+    values[1, :, 12:] = float("nan")
+    assert torch.equal(kernels.ragged_attention(query, keys, values, slots, positions, 0.2), clean)
+    # A token in a group sees no further than it does alone.
+    values[1, :, 11] = float("nan")
+    again = kernels.ragged_attention(query, keys, values, slots, positions, 0.2)
+    assert torch.equal(again[:3], clean[:3]) and again[3].isnan().all()

@@ -170,3 +170,60 @@ def test_bad_logits_fail_one_request_only(bad: float) -> None:
         )
         assert list(got.finish) == [0, reference.FINISH_ERROR, 0]
         assert list(got.count) == [1, 0, 1]
+
+
+def all_kernels() -> list[NativeKernels]:
+    """Every instruction set that this machine has, and threads."""
+    names = ("plain", "avx2", "avx512")
+    best = names.index(NativeKernels("test").context.isa)
+    return [NativeKernels("test", isa=name) for name in names[: best + 1]] + [NativeKernels("test", num_threads=3)]
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 16, 261, 20_011])
+def test_flat_logits_give_the_first_greatest_noise(vocab: int) -> None:
+    """Where all logits are equal every bound and every word of noise counts."""
+    num = 12
+    rows = make_rows(num)
+    expected = [
+        int(np.argmax(reference.gumbel(int(rows.seed[i]), int(rows.uid[i]), int(rows.position[i]), vocab)))
+        for i in range(num)
+    ]
+    offsets, drafts = np.arange(num + 1), np.full(num, -1, np.int32)
+    for kernels in all_kernels():
+        got = kernels.sample_verify(torch.zeros(num, vocab), offsets, drafts, rows)
+        assert got.tokens.tolist() == expected, kernels.reason
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 300, "top_p": 0.95}])
+def test_bits_do_not_depend_on_instruction_set_or_threads(filters: dict[str, float]) -> None:
+    rng, num, vocab = np.random.default_rng(3), 40, 1234
+    logits = torch.from_numpy(rng.normal(0.0, 3.0, (num, vocab)).astype(np.float32))
+    rows = make_rows(num, temperature=np.full(num, 0.8), **{k: np.full(num, v) for k, v in filters.items()})
+    offsets, drafts = np.arange(num + 1), np.full(num, -1, np.int32)
+    first, *others = [kernels.sample_verify(logits, offsets, drafts, rows) for kernels in all_kernels()]
+    for other in others:
+        np.testing.assert_array_equal(first.tokens, other.tokens)
+        np.testing.assert_array_equal(first.logprobs, other.logprobs)
+    twin = ReferenceKernels("test").sample_verify(logits, offsets, drafts, rows)
+    np.testing.assert_array_equal(first.tokens, twin.tokens)
+    np.testing.assert_allclose(first.logprobs, twin.logprobs, atol=1e-5)
+
+
+def test_top_p_over_a_flat_and_large_vocabulary() -> None:
+    """The filter orders a few tokens first and more as it needs them: here it needs nearly all."""
+    vocab, num = 5000, 3
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0.0, 0.01, (num, vocab)).astype(np.float32))
+    rows = make_rows(num, top_p=np.full(num, 0.99))
+    offsets, drafts = np.arange(num + 1), np.full(num, -1, np.int32)
+    native, twin = (k.sample_verify(logits, offsets, drafts, rows) for k in (NativeKernels("t"), ReferenceKernels("t")))
+    np.testing.assert_array_equal(native.tokens, twin.tokens)
+    np.testing.assert_allclose(native.logprobs, twin.logprobs, atol=1e-5)
+
+
+def test_bfloat16_logits_are_read_as_they_are() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1)).mul(4.0).bfloat16()
+    rows, offsets, drafts = make_rows(6), np.arange(7), np.full(6, -1, np.int32)
+    kernels = NativeKernels("test")
+    got, widened = (kernels.sample_verify(x, offsets, drafts, rows) for x in (logits, logits.float()))
+    np.testing.assert_array_equal(got.tokens, widened.tokens)
+    np.testing.assert_array_equal(got.logprobs, widened.logprobs)

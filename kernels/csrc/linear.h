@@ -1,0 +1,90 @@
+// Linear layers over packed weights: out[t, n] = bias[n] + sum_k x[t, k] * weight[n, k].
+// Invariant: every output is one chain of fused multiply-adds over k = 0, 1, ..., K - 1 in float32, so it has the same
+// bits for every batch it comes in, every draft width, thread count and instruction set. Twin: kernels/linear.py.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+#include "step_threads.h"
+
+namespace slipstream {
+
+constexpr int64_t kPanel = 2 * kWide;  // output columns that lie side by side
+constexpr int64_t kDepth = 512;        // of a panel at a time: 64 KiB of float32 stay in the second-level cache
+constexpr int64_t kTaskRows = 96;      // rows that one thread takes at a time, a multiple of every tile
+constexpr int64_t kTaskWork = 1 << 21;  // operations below which a second thread costs more than it saves, about 10 us
+
+inline int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+// [n, k] row by row to [num_panels(n), k, 32]; columns beyond n are zero.
+template <typename T>
+void pack_linear(const T* weight, int64_t n, int64_t k, T* packed) {
+  for (int64_t panel = 0; panel < num_panels(n); ++panel)
+    for (int64_t d = 0; d < k; ++d)
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t column = panel * kPanel + c;
+        packed[(panel * k + d) * kPanel + c] = column < n ? weight[column * k + d] : T{};
+      }
+}
+
+// x [rows, k], packed as above, bias [n] or null, out [rows, n]; float or Bf16, sums in float.
+template <typename T>
+struct LinearArgs {
+  const T *x, *packed, *bias;
+  int64_t rows, n, k;
+  T* out;
+};
+
+struct LinearPart {
+  int64_t first_panel, last_panel, begin, end;  // panels, and rows of x
+};
+
+#define SLIPSTREAM_ISA_FILE "linear_isa.inc"
+#include "for_each_isa.h"
+
+template <typename T>
+void linear_part(Isa isa, const LinearArgs<T>& a, const LinearPart& part) {
+  thread_local std::vector<float> sums;
+  sums.resize(static_cast<size_t>((part.end - part.begin) * kPanel));
+#ifdef SLIPSTREAM_X86
+  if (isa == Isa::kAvx512) return avx512::linear_part(a, part, sums.data());
+  if (isa == Isa::kAvx2) return avx2::linear_part(a, part, sums.data());
+#endif
+  plain::linear_part(a, part, sums.data());
+}
+
+// The weights of one layer, packed. T: float or Bf16.
+template <typename T>
+class PackedLinear {
+ public:
+  PackedLinear(int64_t n, int64_t k) : n_(n), k_(k), packed_(static_cast<size_t>(num_panels(n) * kPanel * k)) {}
+
+  int64_t n() const { return n_; }
+  int64_t k() const { return k_; }
+
+  // weight [n, k], bias [n] or null.
+  void pack(const T* weight, const T* bias) {
+    pack_linear(weight, n_, k_, packed_.data());
+    bias_.assign(bias, bias == nullptr ? nullptr : bias + n_);
+  }
+
+  void forward(Isa isa, StepThreads* threads, const T* x, int64_t rows, T* out) const {
+    const LinearArgs<T> args{x, packed_.data(), bias_.empty() ? nullptr : bias_.data(), rows, n_, k_, out};
+    const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n_);
+    const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_;  // operations of one panel
+    const int64_t at_once = std::clamp<int64_t>(kTaskWork / std::max<int64_t>(work, 1), 1, panels);
+    const int64_t panel_tasks = (panels + at_once - 1) / at_once;
+    for_each_task(threads, row_tasks * panel_tasks, [&](int64_t task) {
+      const int64_t row = task / panel_tasks * kTaskRows, panel = task % panel_tasks * at_once;
+      linear_part(isa, args, {panel, std::min(panels, panel + at_once), row, std::min(rows, row + kTaskRows)});
+    });
+  }
+
+ private:
+  int64_t n_, k_;
+  std::vector<T> packed_, bias_;
+};
+
+}  // namespace slipstream

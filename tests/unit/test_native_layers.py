@@ -1,0 +1,195 @@
+"""Native linear layers, norms and gates: against the plain twins, for every instruction set, batch and thread count."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from slipstream.kernels import _native  # type: ignore[attr-defined]
+from slipstream.kernels.dispatch import NativeKernels
+from slipstream.kernels.layers import find_gates, find_norms, reference_rms_norm, reference_silu_mul
+from slipstream.kernels.linear import PackedLinear, PackedLinears, as_numpy, reference_linear
+
+
+def contexts() -> list[Any]:
+    """One context of every instruction set that this machine has, the last one with threads."""
+    names = ("plain", "avx2", "avx512")
+    best = names.index(_native.Context(1).isa)
+    return [_native.Context(1, isa=name) for name in names[: best + 1]] + [_native.Context(3)]
+
+
+def packed(layer: nn.Linear, context: Any) -> PackedLinear:
+    kind = _native.PackedLinearBf16 if layer.weight.dtype == torch.bfloat16 else _native.PackedLinear
+    out = PackedLinear(layer, kind(layer.out_features, layer.in_features), context)
+    out.pack()
+    return out
+
+
+# Widths below, at and above a panel of 32; depths beyond one stretch of 512; rows around every tile.
+SHAPES = [(1, 3), (32, 16), (33, 1), (261, 128), (70, 1100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_linear_equals_its_twin_in_the_same_bits_everywhere(n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(n)
+    layer = nn.Linear(k, n, bias=bias).to(dtype)
+    x = torch.randn(107, k).to(dtype)
+    outputs = [packed(layer, context)(x) for context in contexts()]
+    tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 2**-7}
+    torch.testing.assert_close(outputs[0], reference_linear(x, layer.weight, layer.bias), **tolerance)
+    for other in outputs[1:]:
+        assert torch.equal(outputs[0], other)
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 97):
+        assert torch.equal(packed(layer, contexts()[-1])(x[:rows]), outputs[0][:rows]), rows
+
+
+@torch.inference_mode()
+def test_a_bad_row_stays_alone() -> None:
+    layer = nn.Linear(40, 50)
+    x = torch.randn(9, 40)
+    clean = packed(layer, contexts()[-1])(x)
+    x[4, 7] = float("nan")
+    dirty = packed(layer, contexts()[-1])(x)
+    assert dirty[4].isnan().all()
+    keep = torch.arange(9) != 4
+    assert torch.equal(clean[keep], dirty[keep])
+
+
+def test_packed_layers_follow_weights_that_change_in_place() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5, bias=False))
+    plain = copy.deepcopy(model)
+    kernels = NativeKernels("test", num_threads=2)
+    kernels.adopt(model)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+        plain[0].weight.mul_(2.0)
+    with torch.inference_mode():
+        stale = model(x)
+        kernels.before_pass()
+        torch.testing.assert_close(model(x), plain(x))
+        assert not torch.allclose(stale, plain(x))
+
+
+def test_only_what_changed_is_packed_anew() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    linears = PackedLinears(model, lambda layer: _native.PackedLinear(layer.out_features, layer.in_features), contexts()[0])
+    assert linears.refresh() == 0
+    with torch.no_grad():
+        model[1].bias.zero_()
+    assert linears.refresh() == 1
+
+
+def test_gradients_go_through_torch() -> None:
+    layer = nn.Linear(4, 3)
+    x = torch.randn(2, 4, requires_grad=True)
+    got = packed(layer, contexts()[0])(x)
+    assert torch.equal(got, functional.linear(x, layer.weight, layer.bias))
+    got.sum().backward()
+    assert x.grad is not None
+
+
+def test_other_linear_classes_are_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(input)
+
+    model = nn.Sequential(Scaled(3, 3), nn.Linear(3, 3))
+    linears = PackedLinears(model, lambda layer: _native.PackedLinear(layer.out_features, layer.in_features), contexts()[0])
+    assert [packed.layer for packed in linears.layers] == [model[1]]
+
+
+def test_weights_of_another_shape_are_refused() -> None:
+    layer = _native.PackedLinear(4, 3)
+    with pytest.raises(ValueError, match=r"weight must be \[n, k\]"):
+        layer.pack(as_numpy(torch.zeros(3, 4)), None)
+    with pytest.raises(ValueError, match=r"bias must be \[n\]"):
+        layer.pack(as_numpy(torch.zeros(4, 3)), as_numpy(torch.zeros(3)))
+
+
+def test_a_context_says_what_it_is_and_refuses_what_it_cannot_be() -> None:
+    assert _native.Context(3).num_threads == 3
+    with pytest.raises(ValueError, match="isa is 'sse'; allowed: auto, plain, avx2, avx512"):
+        _native.Context(1, isa="sse")
+    with pytest.raises(ValueError, match="num_threads must be 1 to 1024"):
+        _native.Context(0)
+
+
+# ---- norms and gates
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, dim: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim))
+        self.variance_epsilon, self.offset = 1e-6, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return reference_rms_norm(x, self.weight + self.offset, self.variance_epsilon)
+
+
+class Gated(nn.Module):
+    def __init__(self, hidden: int, width: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(hidden, width, bias=False), nn.Linear(hidden, width, bias=False)
+        self.down_proj, self.scale = nn.Linear(width, hidden, bias=False), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.scale * functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 32, 131, 896])
+@torch.inference_mode()
+def test_norm_equals_its_twin_in_the_same_bits_everywhere(dim: int) -> None:
+    torch.manual_seed(dim)
+    layer, x = RmsNorm(dim), 10.0 * torch.randn(300, dim)
+    expected, outputs = layer(x), []
+    for context in contexts():
+        out = torch.empty_like(x)
+        _native.rms_norm(x.data_ptr(), layer.weight.data_ptr(), 300, dim, 1e-6, out.data_ptr(), context)
+        outputs.append(out)
+    torch.testing.assert_close(outputs[0], expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 100_003])
+@torch.inference_mode()
+def test_gate_equals_its_twin_in_the_same_bits_everywhere(size: int) -> None:
+    torch.manual_seed(size)
+    gate, up = 30.0 * torch.randn(size), torch.randn(size)
+    gate[0] = -200.0  # exp of it is beyond float32
+    outputs = []
+    for context in contexts():
+        out = torch.empty_like(gate)
+        _native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), size, context)
+        outputs.append(out)
+    torch.testing.assert_close(outputs[0], reference_silu_mul(gate, up), atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_only_layers_that_compute_the_same_are_taken_over() -> None:
+    model = nn.ModuleList(
+        [RmsNorm(8), RmsNorm(8, offset=1.0), nn.LayerNorm(8), Gated(8, 12), Gated(8, 12, scale=0.5), nn.Linear(8, 8)]
+    )
+    assert [layer for layer, _ in find_norms(model)] == [model[0]]
+    assert find_gates(model) == [model[3]]
+
+
+def test_a_model_taken_over_computes_what_it_did() -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(RmsNorm(24), Gated(24, 40), RmsNorm(24, offset=1.0), nn.Linear(24, 9))
+    plain = copy.deepcopy(model)
+    NativeKernels("test", num_threads=2).adopt(model)
+    x = torch.randn(2, 5, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+    assert "forward" in model[0].__dict__ and "forward" in model[1].__dict__ and "forward" not in model[2].__dict__
+    assert torch.equal(model(x), plain(x))  # with gradients: torch's own operations
