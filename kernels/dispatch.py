@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from slipstream.kernels import reference
+from slipstream.kernels.cache_layout import BlockedCache, LayerCache, StepPlaces
 from slipstream.kernels.reference import SamplingRows, Verified
 
 try:
@@ -22,7 +23,7 @@ except ImportError as error:
     _native = None
     NATIVE_ERROR = str(error)
 
-KernelChoice = Literal["auto", "native", "reference"]
+KernelChoice = Literal["auto", "native", "triton", "reference"]
 Backend = Literal["auto", "triton", "reference"]
 
 
@@ -31,10 +32,25 @@ class KernelError(RuntimeError):
 
 
 class KernelSet(Protocol):
-    """The kernels of one engine; shapes as in kernels/reference.py."""
+    """The kernels of one engine; shapes as in kernels/reference.py, cache operations as in cache_layout.py.
+
+    on_device: sampling runs where the logits are, and attention takes the step's table.
+    """
 
     name: str
     reason: str
+    on_device: bool
+
+    def new_layer_cache(
+        self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> LayerCache:
+        """See BlockedCache.new_layer_cache."""
+
+    def snapshot(self, keys: torch.Tensor, values: torch.Tensor, slot: int, length: int) -> LayerCache:
+        """See BlockedCache.snapshot."""
+
+    def restore(self, keys: torch.Tensor, values: torch.Tensor, slot: int, saved: LayerCache) -> None:
+        """See BlockedCache.restore."""
 
     def append_kv(
         self,
@@ -47,18 +63,17 @@ class KernelSet(Protocol):
     ) -> None:
         """See reference.append_kv."""
 
-    def ragged_attention(
+    def attention(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        places: StepPlaces,
         scale: float,
         window: int,
         softcap: float,
     ) -> torch.Tensor:
-        """See reference.ragged_attention."""
+        """See BlockedCache.attention."""
 
     def sample_verify(
         self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
@@ -66,7 +81,7 @@ class KernelSet(Protocol):
         """See reference.sample_verify; logits is a torch tensor on any device."""
 
 
-class ReferenceKernels:
+class ReferenceKernels(BlockedCache):
     """The plain twins, on any device and dtype."""
 
     name = "reference"
@@ -74,7 +89,7 @@ class ReferenceKernels:
     def __init__(self, reason: str) -> None:
         self.reason = reason
         self.append_kv = reference.append_kv
-        self.ragged_attention = reference.ragged_attention
+        self.ragged_attention = reference.ragged_attention  # type: ignore[method-assign]
 
     def sample_verify(
         self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
@@ -83,7 +98,7 @@ class ReferenceKernels:
         return reference.sample_verify(logits.float().cpu().numpy(), offsets, drafts, rows)
 
 
-class NativeKernels:
+class NativeKernels(BlockedCache):
     """C++ on the CPU, float32 cache."""
 
     name = "native"
@@ -170,7 +185,23 @@ class NativeKernels:
 
 
 def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> KernelSet:
-    """The kernels for one engine. Raises KernelError when `native` is asked for and cannot run."""
+    """The kernels for one engine: `auto` takes Triton on CUDA, C++ on the CPU in float32, else the plain twins.
+
+    Raises KernelError when `native` or `triton` is asked for and cannot run, and ValueError for an unknown name.
+    """
+    if choice not in get_args(KernelChoice):
+        raise ValueError(f"engine.kernels is {choice!r}; allowed: {', '.join(get_args(KernelChoice))}")
+    if choice == "reference":
+        return ReferenceKernels("asked for by engine.kernels=reference")
+    if choice == "triton" or (choice == "auto" and device.type == "cuda"):
+        problem = _triton_problem(device)
+        if not problem:
+            from slipstream.kernels.triton.kernel_set import TritonKernels
+
+            return TritonKernels("on CUDA" if device.type == "cuda" else "on the CPU, interpreted: for tests only")
+        if choice == "triton":
+            raise KernelError(f"engine.kernels=triton: {problem}")
+        return ReferenceKernels(problem)
     problem = ""
     if _native is None:
         problem = f"the native extension is not built ({NATIVE_ERROR})"
@@ -178,9 +209,19 @@ def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Ke
         problem = f"native kernels need float32 on the CPU, not {dtype} on {device}"
     if choice == "native" and problem:
         raise KernelError(f"engine.kernels=native: {problem}")
-    if choice == "reference":
-        return ReferenceKernels("asked for by engine.kernels=reference")
     return ReferenceKernels(problem) if problem else NativeKernels("built, float32 on the CPU")
+
+
+def _triton_problem(device: torch.device) -> str:
+    """Why Triton kernels cannot run on the device; empty where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"the extra slipstream[gpu] brings Triton ({error})"
+    # Triton reads TRITON_INTERPRET when it is first imported; its own functions show what it read.
+    if device.type != "cuda" and isinstance(triton.language.sum, triton.JITFunction):
+        return f"on {device} it needs TRITON_INTERPRET=1, set before Triton is imported"
+    return ""
 
 
 def pick_backend(backend: Backend, device: torch.device) -> Literal["triton", "reference"]:
@@ -190,16 +231,6 @@ def pick_backend(backend: Backend, device: torch.device) -> Literal["triton", "r
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}")
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return "reference"
-    try:
-        import triton
-    except ImportError as error:
-        raise ValueError(
-            f"backend is {backend!r} on {device}; allowed: reference (the extra slipstream[gpu] brings Triton: {error})"
-        ) from error
-    # Triton reads TRITON_INTERPRET when it is first imported; its own functions show what it read.
-    if device.type != "cuda" and isinstance(triton.language.sum, triton.JITFunction):
-        raise ValueError(
-            f"backend is {backend!r} on {device}; "
-            "allowed: auto, reference, or TRITON_INTERPRET=1 set before Triton is imported"
-        )
+    if problem := _triton_problem(device):
+        raise ValueError(f"backend is {backend!r} on {device}; allowed: auto, reference ({problem})")
     return "triton"
