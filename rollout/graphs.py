@@ -127,6 +127,7 @@ class StaticRunner:
         self._grow(INITIAL_BYTES)
         self._done: Any = torch.cuda.Event() if self._pinned else None
         self._launched: tuple[_Program, StaticStep, SamplingRows, torch.Tensor, float] | None = None
+        self.overlaps = self._pinned
         self.stats = GraphStats()
 
     def padded_tokens(self, num_requests: int, num_tokens: int) -> int:
@@ -162,7 +163,7 @@ class StaticRunner:
         if self._done is not None:
             self._done.synchronize()
         verified = self._unpack(program.bucket, len(out), len(drafts), len(offsets) - 1)
-        return StepResult(verified, time.perf_counter() - started, 0.0)
+        return StepResult(verified, time.perf_counter() - started, 0.0, program.replay is not None)
 
     def _unpack(self, bucket: Bucket, size: int, num_rows: int, num_requests: int) -> Verified:
         from slipstream.kernels.triton.sample_verify import unpack_verified

@@ -24,15 +24,19 @@ from slipstream.rollout.packing import StepPlan
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a pass committed. Seconds from launch to result: forward_s in the model, sample_s in sampling; where both
-    run on a device without a host round trip between them, forward_s holds the two."""
+    run on a device without a host round trip between them, forward_s holds the two, and what the host did meanwhile.
+    graphed: the pass was a CUDA graph's."""
 
     verified: Verified
     forward_s: float
     sample_s: float
+    graphed: bool = False
 
 
 class StepRunner(Protocol):
-    """Runs planned steps, one at a time."""
+    """Runs planned steps, one at a time. overlaps: launch returns while the pass runs, so the host can work beside."""
+
+    overlaps: bool
 
     def launch(self, plan: StepPlan, rows: SamplingRows) -> None:
         """Starts the pass."""
@@ -62,6 +66,7 @@ class PackedRunner:
 
     def __init__(self, model: PreTrainedModel, cache: SlotKVCache, kernels: KernelSet) -> None:
         self._model, self._cache, self._kernels, self._device = model, cache, kernels, model.device
+        self.overlaps = self._device.type == "cuda"
         self._launched: tuple[StepPlan, SamplingRows, torch.Tensor, float] | None = None
 
     def launch(self, plan: StepPlan, rows: SamplingRows) -> None:

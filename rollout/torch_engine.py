@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, Price, Ragged
+from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, LiveBatch, Price, Ragged
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceModel, calibrates_after
@@ -95,6 +95,7 @@ class TorchEngine:
         self._stats = EngineStats()
         self.acceptance = AcceptanceModel()
         self._observed_steps = 0
+        self._late: tuple[LiveBatch, Ragged] | None = None
         if drafter is not None:
             drafter.calibrate(self.acceptance.probabilities())
         self._weights = WeightTable(model)
@@ -173,8 +174,10 @@ class TorchEngine:
         drafted_at = time.perf_counter()
         plan = plan_step(self.table, self._drafts, price, self.max_forward_tokens)
         self.runner.launch(plan, self.table.sampling_rows(plan.sampling_slots))
+        self._extend_late()
         result = self.runner.collect()
         verified = result.verified
+        self._stats.graph_steps += result.graphed
         finished = self._commit(plan, verified)
         extended_from = time.perf_counter()
         self._extend(plan, verified)
@@ -196,6 +199,7 @@ class TorchEngine:
         np.clip(limit, 0, self.max_draft_tokens, out=limit)
         price = Price(limit.astype(np.int32), price.min_accept_prob)
         if limit.any():
+            self._extend_late()
             self.drafter.propose(live, price, self._drafts)
             self._cut_invalid_drafts(len(slots))
         return price
@@ -249,7 +253,16 @@ class TorchEngine:
         offsets = np.zeros(len(verified.count) + 1, np.int64)
         np.cumsum(verified.count, out=offsets[1:])
         taken = np.arange(offsets[-1]) + np.repeat(plan.row_offsets[:-1] - offsets[:-1], verified.count)
-        self.drafter.extend(self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets))
+        self._late = self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets)
+        if not self.runner.overlaps:
+            self._extend_late()
+
+    def _extend_late(self) -> None:
+        """Tells the drafter what the last pass committed. Beside a GPU this waits until the next pass is launched,
+        or until the drafter is asked for drafts or told of a request's end."""
+        late, self._late = self._late, None
+        if late is not None and self.drafter is not None:
+            self.drafter.extend(*late)
 
     def learn_acceptance(self, acceptance: AcceptanceModel) -> None:
         """Goes on from what others have observed."""
@@ -276,6 +289,7 @@ class TorchEngine:
         return done
 
     def _release(self, slot: int, reason: FinishReason, error: str = "") -> Rollout:
+        self._extend_late()
         self.prefixes.before_retire(slot)
         rollout = self.table.retire(slot, reason, error)
         if self.drafter is not None:

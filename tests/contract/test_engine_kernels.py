@@ -11,10 +11,15 @@ import torch
 
 from tests.triton_interpreter import DEVICE  # isort: skip
 
+from slipstream.drafter.base import DraftBatch, LiveBatch, Price, Ragged
+from slipstream.drafter.ngram import NgramDrafter
 from slipstream.kernels.dispatch import KernelError, select
+from slipstream.kernels.reference import SamplingRows
 from slipstream.rollout.budget import FixedBudget
 from slipstream.rollout.engine import EngineError
 from slipstream.rollout.graphs import Capture, Pass, StaticRunner
+from slipstream.rollout.packing import StepPlan
+from slipstream.rollout.runners import PackedRunner
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from tests.contract.test_engine import NoisyDrafter, assert_same, make_requests, run, warm_suffix
@@ -134,7 +139,43 @@ def test_graphs_are_made_at_the_second_pass_and_outlive_the_weights(
         assert "tried to allocate" in said[0]
     else:
         assert (runner.stats.captured, len(runner.stats.refused), said) == (1, 0, [])
+        assert engine.stats().graph_steps == runner.stats.replayed
         assert runner.stats.replayed == engine.stats().steps - runner.stats.eager > runner.stats.eager
+
+
+@pytest.mark.parametrize("budget", [0, 3])
+def test_the_drafter_learns_while_the_device_works(budget: int, plain: dict) -> None:
+    """Beside a device the drafter hears of a pass once the next is under way, or before it is asked for drafts."""
+    events: list[str] = []
+
+    class Telling(NgramDrafter):
+        def propose(self, batch: LiveBatch, price: Price, out: DraftBatch) -> None:
+            events.append("propose")
+            super().propose(batch, price, out)
+
+        def extend(self, batch: LiveBatch, accepted: Ragged) -> None:
+            events.append("extend")
+            super().extend(batch, accepted)
+
+        def end(self, uid: int, finished: bool) -> None:
+            events.append("end")
+            super().end(uid, finished)
+
+    class Launching(PackedRunner):
+        def launch(self, plan: StepPlan, rows: SamplingRows) -> None:
+            events.append("launch")
+            super().launch(plan, rows)
+
+    engine = make_engine(kernels="reference", drafter=Telling(), budget=FixedBudget(budget))
+    engine.runner = Launching(engine.model, engine.cache, engine.kernels)
+    engine.runner.overlaps = True
+    request = few_requests()[0]
+    got = run(engine, [request])
+    np.testing.assert_array_equal(got[request.uid].tokens, plain["qwen3"][request.uid].tokens)
+    later = ["extend", "propose", "launch"] if budget else ["launch", "extend"]
+    assert events[: 1 + 2 * len(later)] == ["launch", *later, *later]
+    assert events[-2:] == ["extend", "end"]
+    assert events.count("extend") == events.count("launch")
 
 
 def test_bad_logits_fail_on_the_device_too() -> None:
@@ -171,3 +212,11 @@ def test_a_vocabulary_above_the_samplers_limit_is_refused() -> None:
     model.config.vocab_size = 2**20 + 1
     with pytest.raises(EngineError, match="1048577 tokens; the sampling kernel takes up to 1048576"):
         TorchEngine(model, max_len=64, kernels="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", PATHS)
+def test_compiled_layers_change_nothing(kernels: str, plain: dict) -> None:
+    """engine.compile: our cache and attention stay outside of what torch compiles."""
+    engine = make_engine(kernels=kernels, compile=True)
+    assert_same(run(engine, few_requests()), plain["qwen3"])
