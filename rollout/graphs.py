@@ -116,7 +116,7 @@ class StaticRunner:
             raise KernelError(f"graphs need kernels that sample on the device, not {kernels.name}")
         self._model: Any = model
         self._cache, self._kernels, self._capture = cache, kernels, capture
-        self._spare_slot, self._max_requests, self._invariant = spare_slot, max_requests, batch_invariant
+        self._spare_slot, self._max_requests, self.batch_invariant = spare_slot, max_requests, batch_invariant
         self._device = device = model.device
         self._pinned = device.type == "cuda"
         processors = torch.cuda.get_device_properties(device).multi_processor_count if self._pinned else 1
@@ -231,12 +231,12 @@ class StaticRunner:
 
             splits_of_one = -(-self._cache.max_len // MIN_SPLIT_KEYS)
             scratch = min(bucket.splits * bucket.width, splits_of_one * bucket.tokens)
-            table = step_table(views, bucket.width, scratch, self._invariant)
+            table = step_table(views, bucket.width, scratch, self.batch_invariant)
         places = StepPlaces(views["slots"], views["positions"], table)
         logits = forward(self._model, self._cache, views["token_ids"], places, views["logit_rows"])
         if table is None:
             return logits
         from slipstream.kernels.triton.sample_verify import sample_verify, static_rows
 
-        rows = static_rows(views, bucket.filtered or self._invariant)
+        rows = static_rows(views, bucket.filtered or self.batch_invariant)
         return sample_verify(logits, views["row_offsets"], views["row_drafts"], rows).packed

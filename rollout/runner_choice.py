@@ -13,6 +13,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from slipstream.kernels.dispatch import KernelSet
+from slipstream.rollout.batch_invariant import make_invariant
 from slipstream.rollout.engine import EngineError
 from slipstream.rollout.graphs import Capture, CudaGraphs, StaticRunner
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache, ragged_attention_forward
@@ -36,8 +37,10 @@ def make_runner(
 ) -> tuple[StepRunner, str]:
     """The runner of an engine and one line about it. The cache's last slot is the spare one.
 
-    Raises EngineError where the sampler cannot take the model's vocabulary.
+    Raises EngineError where the sampler cannot take the model's vocabulary, and where batch_invariant cannot be kept.
     """
+    if options.batch_invariant:
+        make_invariant(model, kernels, model.dtype)
     run: Any = compiled(model, cache) if options.compile else model
     if not kernels.on_device:
         said = f"packed steps, no CUDA graphs: {kernels.name} kernels sample on the host"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from slipstream.kernels.reference import SamplingRows
-from slipstream.kernels.triton import append_kv, sample_verify, step_table, verify_attention
+from slipstream.kernels.triton import append_kv, linear, sample_verify, step_table, verify_attention
 from slipstream.kernels.triton.steer import launch as turn_heads
 from slipstream.kernels.triton.token_logprob import TokenLogprob
 from slipstream.rollout.static_step import Bucket, bucket_bytes, bucket_views
@@ -96,6 +96,17 @@ def logprobs() -> Any:
     (logprob.nan_to_num() + entropy.nan_to_num()).sum().backward()
 
 
+def product(num_columns: int, dtype: torch.dtype = BF16) -> Callable[[], Any]:
+    """expand: a weight of many rows takes no memory."""
+    weight = torch.zeros(1, 896, dtype=dtype).expand(num_columns, 896)
+    return lambda: linear.launch_linear(torch.zeros(5, 896, dtype=dtype), weight, torch.zeros(1).expand(num_columns))
+
+
+def norm() -> Any:
+    weight = torch.ones(896, dtype=BF16)
+    return linear.launch_rms_norm(torch.zeros(8, 896, dtype=BF16), weight, 1e-6, False, True)
+
+
 def turn() -> Any:
     x = torch.zeros(16, HEADS, DIM, dtype=BF16)
     mask = torch.ones(HEADS, 1, dtype=torch.bool)
@@ -118,4 +129,8 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "sample_eagerly": sample_eagerly,
     "token_logprob": logprobs,
     "steer": turn,
+    "linear_narrow": product(896),
+    "linear_wide": product(VOCAB),
+    "linear_float32": product(896, F32),
+    "rms_norm": norm,
 }
