@@ -128,8 +128,13 @@ class EngineConfig(Strict):
     name: Literal["torch"] = "torch"
     max_live_requests: PositiveInt = Field(64, description="Slots of the KV cache: requests decoded together.")
     max_forward_tokens: PositiveInt = Field(512, description="Tokens in one forward pass, prefill chunks included.")
-    kernels: Literal["auto", "native", "reference"] = Field(
-        "auto", description="auto: native where built for the device; reference: the plain twins."
+    kernels: Literal["auto", "native", "triton", "reference"] = Field(
+        "auto", description="auto: triton on a GPU, native on the CPU in float32; reference: the plain twins."
+    )
+    cuda_graphs: bool = Field(True, description="Replay decoding passes as CUDA graphs; without effect on the CPU.")
+    compile: bool = Field(False, description="torch.compile the model's layers.")
+    batch_invariant: bool = Field(
+        False, description="No reduction depends on batch or draft width: same bits also in bfloat16, at some speed."
     )
     extra_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the engine as they are.")
 

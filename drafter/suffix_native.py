@@ -22,7 +22,8 @@ import numpy as np
 from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.shared_folder import SharedFolder
-from slipstream.kernels.dispatch import NATIVE_ERROR, KernelError, _native
+from slipstream.kernels.dispatch import KernelError
+from slipstream.kernels.native_set import NATIVE_ERROR, _native
 
 SHARED_REBUILD_SHARE = 0.25
 """The shared text is rebuilt when this share of it would be new: a constant cost per token, however long the run."""

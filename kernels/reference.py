@@ -26,6 +26,9 @@ MASK32 = np.uint64(0xFFFFFFFF)
 KEY_BLOCK = 16
 """Positions that lie side by side in the key cache: the lanes of the native kernel."""
 
+TWIN_ROWS = 4
+"""The twin's products run on a multiple of this many rows, for which the CPU's give every row the same bits."""
+
 FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ERROR = range(4)
 
 
@@ -219,3 +222,29 @@ def ragged_attention(
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     out = torch.matmul(weights, values[slots, :, :longest].to(query.dtype))
     return out.reshape(num_tokens, num_heads, head_dim)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias in float32, rounded once to the dtype of x. x: [..., K]; weight: [N, K]; bias: [N]."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % TWIN_ROWS))
+    out = (padded @ weight.float().T)[: len(rows)]
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False, round_first: bool = True
+) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) times the weight over the last axis; the two switches are those of kernels.linear."""
+    value = x.float()
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    if round_first:
+        value = value.to(x.dtype).float()
+    return (value * (weight.float() + float(unit_offset))).to(x.dtype)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, elementwise: what lies between the products of a gated feed-forward layer."""
+    return torch.nn.functional.silu(gate) * up

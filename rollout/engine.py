@@ -24,12 +24,14 @@ class EngineError(RuntimeError):
 class EngineStats:
     """Totals since the last `stats(reset=True)`.
 
-    Seconds are wall time inside `step`: forward_s in the model, sample_s in sampling and verification, draft_s in
-    the drafter and the budget, other_s the rest. invalid_drafts: drafts cut at a token outside the vocabulary.
+    Seconds are wall time inside `step`: forward_s in the model, sample_s in sampling and verification (on a GPU both
+    are in forward_s, with what the host does meanwhile), draft_s in the drafter and the budget, other_s the rest.
+    graph_steps: passes that were a CUDA graph's. invalid_drafts: drafts cut at a token outside the vocabulary.
     drafted_by_source and accepted_by_source: tokens per source name.
     """
 
     steps: int = 0
+    graph_steps: int = 0
     live_sum: int = 0
     prefill_tokens: int = 0
     forward_tokens: int = 0

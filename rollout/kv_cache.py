@@ -10,29 +10,20 @@ Invariants
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from slipstream.kernels.cache_layout import LayerCache, StepPlaces
 from slipstream.kernels.dispatch import KernelSet
-from slipstream.kernels.reference import KEY_BLOCK
 
 ATTENTION_NAME = "slipstream_ragged"
 
 
-@dataclass(slots=True)
-class StepPlaces:
-    """Where the tokens of the current forward pass live: slots, positions: [T] int64 on the cache's device."""
-
-    slots: torch.Tensor
-    positions: torch.Tensor
-
-
 class SlotLayer(CacheLayerMixin):
-    """One layer's slots: keys [S, Hkv, L / 16, D, 16], values [S, Hkv, L, D]; see kernels.reference.append_kv."""
+    """One layer's slots, in the layout of the engine's kernels."""
 
     is_compileable = False
     is_sliding = False
@@ -40,15 +31,13 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, owner: SlotKVCache) -> None:
         super().__init__()
         self.owner = owner
-        self.key_blocks = self.value_rows = torch.empty(0)
+        self.stored: LayerCache = (torch.empty(0), torch.empty(0))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates on the first write, when the layer's head count and width are known."""
-        owner, heads, dim = self.owner, key_states.shape[1], key_states.shape[3]
-        blocks = -(-owner.max_len // KEY_BLOCK)
-        self.key_blocks = key_states.new_zeros(owner.num_slots, heads, blocks, dim, KEY_BLOCK)
-        self.value_rows = value_states.new_zeros(owner.num_slots, heads, blocks * KEY_BLOCK, value_states.shape[3])
-        self.keys, self.values = self.key_blocks, self.value_rows
+        owner = self.owner
+        self.stored = owner.kernels.new_layer_cache(owner.num_slots, owner.max_len, key_states, value_states)
+        self.keys, self.values = self.stored
         self.is_initialized = True
 
     def update(
@@ -59,14 +48,13 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         places = self.owner.places
         self.owner.kernels.append_kv(
-            self.key_blocks,
-            self.value_rows,
+            *self.stored,
             key_states[0].transpose(0, 1),
             value_states[0].transpose(0, 1),
             places.slots,
             places.positions,
         )
-        return self.key_blocks, self.value_rows
+        return self.stored
 
     def get_seq_length(self) -> int:
         """Requests differ in length; positions are always given explicitly, so nothing may rely on this."""
@@ -94,23 +82,18 @@ class SlotKVCache(Cache):
         self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self.slot_layers))
 
-    def snapshot(self, slot: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def snapshot(self, slot: int, length: int) -> list[LayerCache]:
         """A copy of at least the first `length` positions of a slot: the shared prefix of a group."""
-        blocks = -(-length // KEY_BLOCK)
-        return [
-            (layer.key_blocks[slot, :, :blocks].clone(), layer.value_rows[slot, :, : blocks * KEY_BLOCK].clone())
-            for layer in self.slot_layers
-        ]
+        return [self.kernels.snapshot(*layer.stored, slot, length) for layer in self.slot_layers]
 
-    def restore(self, slot: int, prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def restore(self, slot: int, prefix: list[LayerCache]) -> None:
         """Writes a snapshot to the start of a slot."""
-        for layer, (keys, values) in zip(self.slot_layers, prefix, strict=True):
-            layer.key_blocks[slot, :, : keys.shape[1]] = keys
-            layer.value_rows[slot, :, : values.shape[1]] = values
+        for layer, saved in zip(self.slot_layers, prefix, strict=True):
+            self.kernels.restore(*layer.stored, slot, saved)
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(layer.key_blocks.nbytes + layer.value_rows.nbytes for layer in self.slot_layers)
+        return sum(part.nbytes for layer in self.slot_layers for part in layer.stored)
 
 
 def ragged_attention_forward(
@@ -134,13 +117,11 @@ def ragged_attention_forward(
         raise RuntimeError(f"attention {ATTENTION_NAME} needs slot_cache=... in the model's forward call")
     if s_aux is not None:
         raise NotImplementedError("models with attention sinks (s_aux) are not supported by the torch engine")
-    places = slot_cache.places
-    out = slot_cache.kernels.ragged_attention(
+    out = slot_cache.kernels.attention(
         query[0].transpose(0, 1),
         key,
         value,
-        places.slots,
-        places.positions,
+        slot_cache.places,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window or 0,
         softcap or 0.0,

@@ -22,16 +22,18 @@ class StepPlan:
     """One forward pass.
 
     token_ids, slots, positions: [T] int64, padded (padding lives in the spare slot, index num_slots).
-    live_slots: [B'] slots with at least one token in the pass. chunk_slots, chunk_sizes: prompt chunks that do not
-    reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets: [R' + 1] int64 into the
-    sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows: [R padded] int64, the
-    packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts, draft_sources: [R'].
+    live_slots, widths: [B'] slots with at least one token in the pass, and int64, how many. chunk_slots, chunk_sizes:
+    prompt chunks that do not reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets:
+    [R' + 1] int64 into the sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows:
+    [R padded] int64, the packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts,
+    draft_sources: [R'].
     """
 
     token_ids: np.ndarray
     slots: np.ndarray
     positions: np.ndarray
     live_slots: np.ndarray
+    widths: np.ndarray
     chunk_slots: np.ndarray
     chunk_sizes: np.ndarray
     sampling_slots: np.ndarray
@@ -103,6 +105,7 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
         slots=np.concatenate([row_slots, np.full(pad, table.num_slots, np.int64)]),
         positions=np.concatenate([positions, np.arange(pad)]),
         live_slots=slots,
+        widths=width,
         chunk_slots=slots[~complete],
         chunk_sizes=take[~complete],
         sampling_slots=slots[sampling],

@@ -3,6 +3,7 @@
 Invariants
 - One step is one forward pass over a packed sequence [1, T]: pending tokens of every live request (a prompt chunk or
   the last sampled token) followed by its draft tokens. The model sees positions; slots and causality are the cache's.
+- A runner (runners.py, graphs.py) carries the pass out; the engine's tables on the host are the same for all.
 - A request's tokens depend on its own rows only. On the CPU in float32 that holds to the bit: attention sums in a
   fixed order and the packed length is padded to a multiple of ROW_MULTIPLE, for which matrix products give every
   row the same bits whatever the number of rows.
@@ -19,17 +20,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, Price, Ragged
+from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, LiveBatch, Price, Ragged
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceModel, calibrates_after
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats
-from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache, StepPlaces
+from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
 from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
+from slipstream.rollout.runner_choice import RunnerOptions, make_runner
 from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.types import FinishReason, Request, Rollout
+from slipstream.rollout.weights import WeightTable
 
 FINISH_NAMES: dict[int, FinishReason] = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 
@@ -40,7 +43,7 @@ class TorchEngine:
     model: any causal LM of transformers whose attention goes through its attention interface.
     max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
     context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
-    drafter, budget: both or neither.
+    drafter, budget: both or neither. cuda_graphs, compile, batch_invariant: see runner_choice.make_runner.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class TorchEngine:
         budget: BudgetPolicy | None = None,
         max_draft_tokens: int = 32,
         kernels: KernelChoice = "auto",
+        cuda_graphs: bool = True,
+        compile: bool = False,
+        batch_invariant: bool = False,
         policy_version: int = 0,
     ) -> None:
         config = model.config.get_text_config()
@@ -80,6 +86,8 @@ class TorchEngine:
         # One slot more than requests: the padding tokens of a pass live there.
         self.cache = SlotKVCache(config.num_hidden_layers, max_live_requests + 1, self.max_len, self.kernels)
         self.table = SlotTable(max_live_requests, self.max_len)
+        options = RunnerOptions(cuda_graphs, compile, batch_invariant)
+        self.runner, self.runner_reason = make_runner(self.model, self.cache, self.kernels, options)
         self.prefixes = PrefixStore(self.table, self.cache)
         self._queue: deque[Request] = deque()
         self._queued_uids: set[int] = set()
@@ -88,9 +96,10 @@ class TorchEngine:
         self._stats = EngineStats()
         self.acceptance = AcceptanceModel()
         self._observed_steps = 0
+        self._late: tuple[LiveBatch, Ragged] | None = None
         if drafter is not None:
             drafter.calibrate(self.acceptance.probabilities())
-        self._parameters = dict(model.state_dict(keep_vars=True))
+        self._weights = WeightTable(model)
 
     # ---- the queue
 
@@ -165,21 +174,18 @@ class TorchEngine:
         price = self._propose()
         drafted_at = time.perf_counter()
         plan = plan_step(self.table, self._drafts, price, self.max_forward_tokens)
-        forward_from = time.perf_counter()
-        logits = self._forward(plan)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        forward_to = time.perf_counter()
-        rows = self.table.sampling_rows(plan.sampling_slots)
-        verified = self.kernels.sample_verify(logits, plan.row_offsets, plan.row_drafts, rows)
-        sampled_at = time.perf_counter()
+        self.runner.launch(plan, self.table.sampling_rows(plan.sampling_slots))
+        self._extend_late()
+        result = self.runner.collect()
+        verified = result.verified
+        self._stats.graph_steps += result.graphed
         finished = self._commit(plan, verified)
         extended_from = time.perf_counter()
         self._extend(plan, verified)
         extend_s = time.perf_counter() - extended_from
         done = refused + self._retire(plan, finished)
         draft_s = drafted_at - drafting_from + extend_s
-        self._account(plan, draft_s, forward_to - forward_from, sampled_at - forward_to, time.perf_counter() - started)
+        self._account(plan, draft_s, result.forward_s, result.sample_s, time.perf_counter() - started)
         return done
 
     def _propose(self) -> Price | None:
@@ -194,6 +200,7 @@ class TorchEngine:
         np.clip(limit, 0, self.max_draft_tokens, out=limit)
         price = Price(limit.astype(np.int32), price.min_accept_prob)
         if limit.any():
+            self._extend_late()
             self.drafter.propose(live, price, self._drafts)
             self._cut_invalid_drafts(len(slots))
         return price
@@ -207,23 +214,6 @@ class TorchEngine:
             rows_hit = np.flatnonzero(invalid.any(axis=1))
             self._stats.invalid_drafts += len(rows_hit)
             self._drafts.count[rows_hit] = invalid[rows_hit].argmax(axis=1)
-
-    def _forward(self, plan: StepPlan) -> torch.Tensor:
-        self.kernels.before_pass()
-        positions = self._on_device(plan.positions)
-        self.cache.places = StepPlaces(self._on_device(plan.slots), positions)
-        output = self.model(
-            input_ids=self._on_device(plan.token_ids)[None],
-            position_ids=positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=self._on_device(plan.logit_rows),
-            slot_cache=self.cache,
-        )
-        return output.logits[0, : len(plan.row_drafts)]
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
         """Writes the new tokens; returns the finish code of every sampling slot."""
@@ -264,7 +254,16 @@ class TorchEngine:
         offsets = np.zeros(len(verified.count) + 1, np.int64)
         np.cumsum(verified.count, out=offsets[1:])
         taken = np.arange(offsets[-1]) + np.repeat(plan.row_offsets[:-1] - offsets[:-1], verified.count)
-        self.drafter.extend(self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets))
+        self._late = self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets)
+        if not self.runner.overlaps:
+            self._extend_late()
+
+    def _extend_late(self) -> None:
+        """Tells the drafter what the last pass committed. Beside a GPU this waits until the next pass is launched,
+        or until the drafter is asked for drafts or told of a request's end."""
+        late, self._late = self._late, None
+        if late is not None and self.drafter is not None:
+            self.drafter.extend(*late)
 
     def learn_acceptance(self, acceptance: AcceptanceModel) -> None:
         """Goes on from what others have observed."""
@@ -291,6 +290,7 @@ class TorchEngine:
         return done
 
     def _release(self, slot: int, reason: FinishReason, error: str = "") -> Rollout:
+        self._extend_late()
         self.prefixes.before_retire(slot)
         rollout = self.table.retire(slot, reason, error)
         if self.drafter is not None:
@@ -316,22 +316,7 @@ class TorchEngine:
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor."""
-        unknown = sorted(set(weights) - set(self._parameters))
-        if unknown:
-            raise EngineError(f"weights of version {version} hold {unknown[0]!r}, which the model does not have")
-        tied = {id(self._parameters[name]) for name in weights}
-        missing = sorted(name for name, tensor in self._parameters.items() if id(tensor) not in tied)
-        if missing:
-            raise EngineError(f"weights of version {version} lack {missing[0]!r}")
-        for name, tensor in weights.items():
-            if tensor.shape != self._parameters[name].shape:
-                raise EngineError(
-                    f"weights of version {version}: {name!r} is {tuple(tensor.shape)}, "
-                    f"the model has {tuple(self._parameters[name].shape)}"
-                )
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                self._parameters[name].copy_(tensor)
+        self._weights.copy_from(weights, version)
         self.policy_version = version
         self.prefixes.forget()
 

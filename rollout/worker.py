@@ -40,6 +40,9 @@ class WorkerSpec:
     max_live_requests: int
     max_forward_tokens: int
     kernels: Any
+    cuda_graphs: bool
+    compile: bool
+    batch_invariant: bool
     drafter: str
     window_epochs: int
     min_match: int
@@ -94,17 +97,21 @@ class RolloutWorker:
             budget=self._budget,
             max_draft_tokens=spec.max_draft_tokens,
             kernels=spec.kernels,
+            cuda_graphs=spec.cuda_graphs,
+            compile=spec.compile,
+            batch_invariant=spec.batch_invariant,
             **spec.engine_extra_args,
         )
         self._folder: Path | None = None
         self._acceptance_before = self._engine.acceptance.copy()
 
     def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded: which kernels, why, on which device, and the context length."""
+        """Answers once the model is loaded: which kernels, why, how steps run, device and context length."""
         engine = self._engine
         return {
             "kernels": engine.kernels.name,
             "reason": engine.kernels.reason,
+            "steps": engine.runner_reason,
             "device": str(engine.device),
             "max_len": engine.max_len,
         }

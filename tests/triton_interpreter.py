@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +32,13 @@ def _with_scalar_loop_bounds(tensor: Any, scope: Any) -> None:
 
 if DEVICE == "cpu":
     interpreter._patch_lang_tensor = _with_scalar_loop_bounds
+
+
+def make_rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product whose rows do not depend on their place in the tile, like a GPU's and unlike that of a CPU's BLAS."""
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        product = (a.data[:, :, None] * b.data[None]).sum(1, dtype=np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_WIDTH = 32
-"""Query tokens of one request in one pass: the bits of an ancestor mask."""
+from slipstream.kernels.split_plan import MAX_WIDTH, plan_splits
 
 TABLE_PARTS = ("slot", "query_offsets", "context_len", "ancestors", "depth", "token_request")
 
@@ -66,8 +65,7 @@ def ancestor_masks(parents: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Which programs attend to what. work: [N, 3] int32: request, split, first scratch token; spans: [B, 3] int32:
-    first split, last split, first scratch token; scratch_tokens: query tokens times splits, summed."""
+    """split_plan.SplitPlan on the device. single: no request has more than one split, so that nothing is combined."""
 
     work: torch.Tensor
     spans: torch.Tensor
@@ -102,18 +100,11 @@ class RequestTable:
         """Non-empty splits only, in the order of the requests; one upload per (window, split_keys) and step."""
         key = (window, split_keys)
         if key not in self._schedules:
-            first = self.first_keys(window) // split_keys
-            last = (self.contexts + self.widths - 1) // split_keys
-            counts = last - first + 1
-            request = np.repeat(np.arange(len(counts)), counts)
-            nth = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
-            size = counts * self.widths
-            base = np.cumsum(size) - size
-            work = np.stack([request, first[request] + nth, base[request] + nth * self.widths[request]], axis=1)
-            packed = np.concatenate([work, np.stack([first, last, base], axis=1)]).astype(np.int32)
-            on_device = torch.from_numpy(packed).to(self.slot.device)
-            single = bool((counts == 1).all())
-            self._schedules[key] = Schedule(on_device[: len(work)], on_device[len(work) :], int(size.sum()), single)
+            plan = plan_splits(self.contexts, self.widths, self.first_keys(window), split_keys)
+            packed = np.concatenate([plan.work.ravel(), plan.spans.ravel()])
+            work, spans = torch.from_numpy(packed).to(self.slot.device).split([plan.work.size, plan.spans.size])
+            single = len(plan.work) == len(plan.spans)
+            self._schedules[key] = Schedule(work.view(-1, 4), spans.view(-1, 3), plan.scratch_tokens, single)
         return self._schedules[key]
 
 

@@ -19,7 +19,8 @@ Invariants
 # (arguments of kernels are values of the device: no Python type names them)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -77,8 +78,7 @@ class DeviceVerified:
 
     def to_host(self) -> Verified:
         """Waits for the device and copies the result: one transfer of about 8 R + 5 B bytes."""
-        spec = [(len(field), field.dtype) for field in (self.tokens, self.logprobs, self.count, self.finish)]
-        return Verified(*(view.numpy() for view in _views(self.packed.cpu(), spec)))
+        return unpack_verified(self.packed.cpu(), len(self.tokens), len(self.count))
 
 
 def _size(spec: list[tuple[int, torch.dtype]]) -> int:
@@ -88,6 +88,22 @@ def _size(spec: list[tuple[int, torch.dtype]]) -> int:
 def _views(packed: torch.Tensor, spec: list[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
     starts = [_size(spec[:i]) for i in range(len(spec))]
     return [packed[at : at + n * dtype.itemsize].view(dtype) for at, (n, dtype) in zip(starts, spec, strict=True)]
+
+
+def _result_spec(num_rows: int, num_requests: int) -> list[tuple[int, torch.dtype]]:
+    rows: list[tuple[int, torch.dtype]] = [(num_rows, torch.int32), (num_rows, torch.float32)]
+    return [*rows, (num_requests, torch.int32), (num_requests, torch.int8)]
+
+
+def unpack_verified(packed: torch.Tensor, num_rows: int, num_requests: int) -> Verified:
+    """The result in a copy of DeviceVerified.packed on the host; views of it."""
+    return Verified(*(view.numpy() for view in _views(packed, _result_spec(num_rows, num_requests))))
+
+
+def static_rows(views: Mapping[str, torch.Tensor], filtered: bool) -> DeviceSamplingRows:
+    """Rows whose tensors are those of `views` with the same names, checked by nobody."""
+    names = (field.name for field in fields(DeviceSamplingRows) if field.name != "filtered")
+    return DeviceSamplingRows(filtered=filtered, **{name: views[name] for name in names})
 
 
 def device_rows(rows: SamplingRows, device: torch.device | str) -> DeviceSamplingRows:
@@ -369,7 +385,7 @@ def sample_verify(
     """
     _check(logits, offsets, drafts, rows)
     (num_rows, vocab), num_requests, device, (block, chunk) = logits.shape, len(rows.seed), logits.device, tile
-    spec = [(num_rows, torch.int32), (num_rows, torch.float32), (num_requests, torch.int32), (num_requests, torch.int8)]
+    spec = _result_spec(num_rows, num_requests)
     packed = torch.zeros(_size(spec), dtype=torch.uint8, device=device)
     tokens, logprobs, count, finish = _views(packed, spec)
     out = DeviceVerified(tokens, logprobs, count, finish, packed)

@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from slipstream.kernels.triton.append_kv import RequestTable, ancestor_masks, check_cache, request_table
+from slipstream.kernels.split_plan import FIXED_SPLIT_KEYS, even_split_keys
+from slipstream.kernels.triton.append_kv import RequestTable, Schedule, ancestor_masks, check_cache, request_table
+
+if TYPE_CHECKING:
+    from slipstream.kernels.triton.step_table import StepTable
 
 __all__ = ["RequestTable", "ancestor_masks", "request_table", "verify_attention", "verify_attention_reference"]
-
-FIXED_SPLIT_KEYS = 512
-"""Keys of one split under batch_invariant."""
-
-MIN_SPLIT_KEYS = 128
-"""A split is a multiple of this many keys, so that no block of keys straddles two."""
 
 COMBINE_SPLITS = 16
 """Splits that the combining kernel sums at once."""
@@ -48,8 +47,7 @@ def choose_split_keys(table: RequestTable, window: int, programs_per_key: int, t
     A few long requests among many short ones are cut finely, because the measure is the batch's sum of keys.
     """
     keys = int((table.contexts + table.widths - table.first_keys(window)).sum())
-    share = -(-keys * programs_per_key // target_programs)
-    return max(-(-share // MIN_SPLIT_KEYS), 1) * MIN_SPLIT_KEYS
+    return even_split_keys(keys, programs_per_key, target_programs)
 
 
 def tile_shape(dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
@@ -118,10 +116,10 @@ def _attend_kernel(
     peaks: tl.tensor,
     sums: tl.tensor,
     work: tl.tensor,
+    spans: tl.tensor,
     tables: tl.tuple,
     key_strides: tl.tuple,
     value_strides: tl.tuple,
-    split_keys: tl.tensor,
     window: tl.tensor,
     inner_scale: tl.tensor,
     outer_scale: tl.tensor,
@@ -138,13 +136,14 @@ def _attend_kernel(
 ) -> None:
     slots, offsets, context_len, ancestors, depths = tables
     item, tile, kv_head = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
-    request, split = tl.load(work + item * 3), tl.load(work + item * 3 + 1)
+    request, low, high = tl.load(work + item * 4), tl.load(work + item * 4 + 1), tl.load(work + item * 4 + 2)
+    if request < 0:
+        return
     start, context = tl.load(offsets + request), tl.load(context_len + request)
     width = tl.load(offsets + request + 1) - start
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     node, head = row // GROUP, kv_head * GROUP + row % GROUP
     live = node < width
-    low, high = split * split_keys, tl.minimum((split + 1) * split_keys, context + width)
     if tile * BLOCK_M >= width * GROUP:
         high = low
     own = tl.load(ancestors + start + node, mask=live, other=0)
@@ -166,11 +165,12 @@ def _attend_kernel(
     cache, sight = (key_tile, value_tile, key_row, value_row), (context, own, floor, depths + start)
     scales = (inner_scale, outer_scale)
     acc, peak, total = _accumulate(q, cache, low, high, sight, scales, HEAD_DIM, BLOCK_N, WINDOWED, SOFTCAPPED)
-    if SINGLE:
+    # The only split of a request needs no combining: the same bits, as its weight would be 1.
+    if SINGLE or tl.load(spans + request * 3) == tl.load(spans + request * 3 + 1):
         total = tl.where(live, total, 1.0)
         tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
-        scratch = (tl.load(work + item * 3 + 2) + node).to(tl.int64) * num_heads + head
+        scratch = (tl.load(work + item * 4 + 3) + node).to(tl.int64) * num_heads + head
         tl.store(partial + scratch[:, None] * HEAD_DIM + lane[None, :], acc, mask=mask)
         tl.store(peaks + scratch, peak, mask=live)
         tl.store(sums + scratch, total, mask=live)
@@ -193,8 +193,12 @@ def _combine_kernel(
     row = tl.program_id(0)
     token, head = row // NUM_HEADS, row % NUM_HEADS
     request = tl.load(token_request + token)
+    if request < 0:
+        return
     start, stop = tl.load(offsets + request), tl.load(offsets + request + 1)
     first, last = tl.load(spans + request * 3), tl.load(spans + request * 3 + 1)
+    if first == last:
+        return
     base = tl.load(spans + request * 3 + 2) + token - start
     near, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     # Groups of splits are counted from split 0, whatever the first visible one is: the order of the sum is fixed.
@@ -283,27 +287,28 @@ def verify_attention(
         split_keys = FIXED_SPLIT_KEYS
     elif split_keys == 0:
         split_keys = choose_split_keys(table, window, keys.shape[1] * tiles, target_programs)
-    _launch(query.contiguous(), keys, values, out, table, scale, window, softcap, block_m, tiles, split_keys)
+    plan = table.schedule(window, split_keys)
+    launch(query.contiguous(), keys, values, out, table, plan, scale, window, softcap, block_m, tiles)
     return out
 
 
-def _launch(
+def launch(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,
-    table: RequestTable,
+    table: RequestTable | StepTable,
+    plan: Schedule,
     scale: float,
     window: int,
     softcap: float,
     block_m: int,
     tiles: int,
-    split_keys: int,
 ) -> None:
+    """The kernels without a check; query is contiguous, tiles * block_m covers the widest request's rows."""
     num_tokens, num_heads, dim = query.shape
     kv_heads, block_d = keys.shape[1], max(triton.next_power_of_2(dim), 16)
     block_n = tile_shape(query.dtype, dim)[2]
-    plan = table.schedule(window, split_keys)
     rows = 0 if plan.single else plan.scratch_tokens * num_heads
     scratch = torch.empty(rows * (dim + 2), dtype=torch.float32, device=query.device).split([rows * dim, rows, rows])
     dot_dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[query.dtype]
@@ -314,10 +319,10 @@ def _launch(
         out,
         *scratch,
         plan.work,
+        plan.spans,
         (table.slot, table.query_offsets, table.context_len, table.ancestors, table.depth),
         keys.stride()[:3],
         values.stride()[:3],
-        split_keys,
         window,
         scale / softcap if softcap > 0.0 else scale * LOG2_E,
         softcap * LOG2_E,

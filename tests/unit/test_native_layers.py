@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slipstream.kernels import _native  # type: ignore[attr-defined]
-from slipstream.kernels.dispatch import NativeKernels
-from slipstream.kernels.layers import find_gates, find_norms, reference_rms_norm, reference_silu_mul
-from slipstream.kernels.linear import PackedLinear, PackedLinears, as_numpy, reference_linear
+from slipstream.kernels import _native, reference  # type: ignore[attr-defined]
+from slipstream.kernels.native_layers import find_gates, find_norms
+from slipstream.kernels.native_set import NativeKernels, new_packed
+from slipstream.kernels.packed_linear import PackedLinear, as_numpy, pack_linears
 
 
 def contexts() -> list[Any]:
@@ -23,11 +23,13 @@ def contexts() -> list[Any]:
     return [_native.Context(1, isa=name) for name in names[: best + 1]] + [_native.Context(3)]
 
 
+@torch.inference_mode(False)
+def new_linear(k: int, n: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(k, n, bias=bias).to(dtype)
+
+
 def packed(layer: nn.Linear, context: Any) -> PackedLinear:
-    kind = _native.PackedLinearBf16 if layer.weight.dtype == torch.bfloat16 else _native.PackedLinear
-    out = PackedLinear(layer, kind(layer.out_features, layer.in_features), context)
-    out.pack()
-    return out
+    return PackedLinear(layer, new_packed(layer), context)
 
 
 # Widths below, at and above a panel of 32; depths beyond one stretch of 512; rows around every tile.
@@ -40,11 +42,11 @@ SHAPES = [(1, 3), (32, 16), (33, 1), (261, 128), (70, 1100)]
 @torch.inference_mode()
 def test_linear_equals_its_twin_in_the_same_bits_everywhere(n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(n)
-    layer = nn.Linear(k, n, bias=bias).to(dtype)
+    layer = new_linear(k, n, bias, dtype)
     x = torch.randn(107, k).to(dtype)
     outputs = [packed(layer, context)(x) for context in contexts()]
-    tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-6, "rtol": 2**-7}
-    torch.testing.assert_close(outputs[0], reference_linear(x, layer.weight, layer.bias), **tolerance)
+    tolerance = {"atol": 3e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-5, "rtol": 2**-7}
+    torch.testing.assert_close(outputs[0], reference.linear(x, layer.weight, layer.bias), **tolerance)
     for other in outputs[1:]:
         assert torch.equal(outputs[0], other)
     for rows in (1, 2, 3, 4, 5, 11, 12, 13, 97):
@@ -53,7 +55,7 @@ def test_linear_equals_its_twin_in_the_same_bits_everywhere(n: int, k: int, bias
 
 @torch.inference_mode()
 def test_a_bad_row_stays_alone() -> None:
-    layer = nn.Linear(40, 50)
+    layer = new_linear(40, 50, True, torch.float32)
     x = torch.randn(9, 40)
     clean = packed(layer, contexts()[-1])(x)
     x[4, 7] = float("nan")
@@ -64,28 +66,20 @@ def test_a_bad_row_stays_alone() -> None:
 
 
 def test_packed_layers_follow_weights_that_change_in_place() -> None:
+    """Also where another engine, or none, asked for the change: the layer itself looks."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5, bias=False))
     plain = copy.deepcopy(model)
-    kernels = NativeKernels("test", num_threads=2)
-    kernels.adopt(model)
+    for num_threads in (2, 1):  # the second finds the layers replaced
+        NativeKernels("test", num_threads).adopt(model)
     x = torch.randn(3, 6)
-    with torch.no_grad():
-        model[0].weight.mul_(2.0)
-        plain[0].weight.mul_(2.0)
     with torch.inference_mode():
-        stale = model(x)
-        kernels.before_pass()
         torch.testing.assert_close(model(x), plain(x))
-        assert not torch.allclose(stale, plain(x))
-
-
-def test_only_what_changed_is_packed_anew() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
-    linears = PackedLinears(model, lambda layer: _native.PackedLinear(layer.out_features, layer.in_features), contexts()[0])
-    assert linears.refresh() == 0
-    with torch.no_grad():
-        model[1].bias.zero_()
-    assert linears.refresh() == 1
+    for one in (model, plain):
+        with torch.no_grad():
+            one[0].weight.mul_(2.0)
+            one[0].bias.add_(1.0)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x))
 
 
 def test_gradients_go_through_torch() -> None:
@@ -103,8 +97,7 @@ def test_other_linear_classes_are_left_alone() -> None:
             return 2.0 * super().forward(input)
 
     model = nn.Sequential(Scaled(3, 3), nn.Linear(3, 3))
-    linears = PackedLinears(model, lambda layer: _native.PackedLinear(layer.out_features, layer.in_features), contexts()[0])
-    assert [packed.layer for packed in linears.layers] == [model[1]]
+    assert pack_linears(model, new_packed, contexts()[0]) == [model[1]]
 
 
 def test_weights_of_another_shape_are_refused() -> None:
@@ -133,7 +126,7 @@ class RmsNorm(nn.Module):
         self.variance_epsilon, self.offset = 1e-6, offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reference_rms_norm(x, self.weight + self.offset, self.variance_epsilon)
+        return reference.rms_norm(x, self.weight + self.offset, self.variance_epsilon)
 
 
 class Gated(nn.Module):
@@ -171,7 +164,7 @@ def test_gate_equals_its_twin_in_the_same_bits_everywhere(size: int) -> None:
         out = torch.empty_like(gate)
         _native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), size, context)
         outputs.append(out)
-    torch.testing.assert_close(outputs[0], reference_silu_mul(gate, up), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(outputs[0], reference.silu_mul(gate, up), atol=1e-6, rtol=1e-5)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
@@ -191,5 +184,5 @@ def test_a_model_taken_over_computes_what_it_did() -> None:
     x = torch.randn(2, 5, 24)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
-    assert "forward" in model[0].__dict__ and "forward" in model[1].__dict__ and "forward" not in model[2].__dict__
+    assert ["forward" in layer.__dict__ for layer in model] == [True, True, False, True]
     assert torch.equal(model(x), plain(x))  # with gradients: torch's own operations

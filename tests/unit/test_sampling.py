@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from slipstream.kernels import reference
-from slipstream.kernels.dispatch import NativeKernels, ReferenceKernels, _native
+from slipstream.kernels import _native, reference  # type: ignore[attr-defined]
+from slipstream.kernels.dispatch import NativeKernels, ReferenceKernels
 from slipstream.kernels.reference import SamplingRows
 
 # Known answers published with Random123: counter, key, output.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.triton_interpreter import DEVICE, interpreter  # isort: skip
+from tests.triton_interpreter import DEVICE, make_rows_alike  # isort: skip
 
 from slipstream.kernels import reference
 from slipstream.kernels.triton import append_kv as cache_ops
@@ -25,13 +25,7 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 @pytest.fixture
 def _rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product whose rows do not depend on their place in the tile, like a GPU's and unlike that of a CPU's BLAS."""
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        product = (a.data[:, :, None] * b.data[None]).sum(1, dtype=np.float32)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    make_rows_alike(monkeypatch)
 
 
 def random_parents(rng: np.random.Generator, width: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""RMS norms and gated SiLU layers of a model in one native call each, and their plain twins.
+"""RMS norms and gated SiLU layers of a model in one native call each. Twins: reference.rms_norm, reference.silu_mul.
 
 Invariants
 - A layer is taken over only if it computes what the twin computes, which is tried on random numbers: models name their
@@ -9,24 +9,15 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from slipstream.kernels import reference
 
 TOLERANCE = 1e-5
-
-
-def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """The plain twin: weight * x / sqrt(mean(x^2) + epsilon) over the last axis."""
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
-
-
-def reference_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The plain twin: silu(gate) * up."""
-    return functional.silu(gate) * up
 
 
 class NativeNorm:
@@ -35,7 +26,7 @@ class NativeNorm:
     def __init__(self, layer: nn.Module, epsilon: float, native: Any, context: Any) -> None:
         self.epsilon, self._native, self._context = epsilon, native, context
         self._plain: Callable[[torch.Tensor], torch.Tensor] = layer.forward
-        self._weight: torch.Tensor = layer.weight
+        self._weight: Any = layer.weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., dim]."""
@@ -55,7 +46,8 @@ class NativeGate:
     def __init__(self, layer: nn.Module, native: Any, context: Any) -> None:
         self._native, self._context = native, context
         self._plain: Callable[[torch.Tensor], torch.Tensor] = layer.forward
-        self._gate, self._up, self._down = layer.gate_proj, layer.up_proj, layer.down_proj
+        parts: Any = layer
+        self._gate, self._up, self._down = parts.gate_proj, parts.up_proj, parts.down_proj
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden]."""
@@ -84,16 +76,21 @@ def _computes(layer: nn.Module, twin: Callable[[torch.Tensor], torch.Tensor], wi
         return False  # it wants other arguments or shapes: not the layer that it looks like
 
 
+def unreplaced(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's layers whose forward is still their class's."""
+    return (layer for layer in model.modules() if "forward" not in vars(layer))
+
+
 def find_norms(model: nn.Module) -> list[tuple[nn.Module, float]]:
     """The model's RMS norms with their epsilon."""
     found = []
-    for layer in model.modules():
+    for layer in unreplaced(model):
         parameters = dict(layer.named_parameters())
         weight, epsilon = parameters.get("weight"), _epsilon(layer)
         if list(parameters) != ["weight"] or weight is None or weight.dim() != 1 or epsilon is None:
             continue
         # Bound now: the loop's variables move on.
-        if _computes(layer, lambda x, w=weight, e=epsilon: reference_rms_norm(x, w, e), len(weight)):  # type: ignore[misc]
+        if _computes(layer, lambda x, w=weight, e=epsilon: reference.rms_norm(x, w, e), len(weight)):  # type: ignore[misc]
             found.append((layer, epsilon))
     return found
 
@@ -101,13 +98,13 @@ def find_norms(model: nn.Module) -> list[tuple[nn.Module, float]]:
 def find_gates(model: nn.Module) -> list[nn.Module]:
     """The model's gated SiLU feed-forward layers."""
     found = []
-    for layer in model.modules():
+    for layer in unreplaced(model):
         gate, up, down = (getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
         if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
             continue
 
         def twin(x: torch.Tensor, gate: nn.Module = gate, up: nn.Module = up, down: nn.Module = down) -> torch.Tensor:
-            out: torch.Tensor = down(reference_silu_mul(gate(x), up(x)))
+            out: torch.Tensor = down(reference.silu_mul(gate(x), up(x)))
             return out
 
         if _computes(layer, twin, gate.in_features):
@@ -119,7 +116,7 @@ def adopt_layers(model: nn.Module, native: Any, context: Any) -> list[nn.Module]
     """Replaces the forwards of the layers found; the layers."""
     norms, gates = find_norms(model), find_gates(model)
     for layer, epsilon in norms:
-        layer.forward = NativeNorm(layer, epsilon, native, context)  # type: ignore[method-assign, assignment]
+        layer.forward = NativeNorm(layer, epsilon, native, context)
     for layer in gates:
-        layer.forward = NativeGate(layer, native, context)  # type: ignore[method-assign, assignment]
+        layer.forward = NativeGate(layer, native, context)
     return [layer for layer, _ in norms] + gates

@@ -1,0 +1,142 @@
+"""The native kernels as the engine's kernel set.
+
+Invariant: sums are float32 in a fixed order, also for bfloat16 models (what those round are weights, logits and the
+outputs of layers), so that a row's bits depend on nothing but the row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slipstream.kernels.cache_layout import BlockedCache, LayerCache
+from slipstream.kernels.native_layers import adopt_layers
+from slipstream.kernels.packed_linear import as_numpy, pack_linears
+from slipstream.kernels.reference import SamplingRows, Verified
+
+try:
+    from slipstream.kernels import _native  # type: ignore[attr-defined]
+
+    NATIVE_ERROR = ""
+    PACKED = {torch.float32: _native.PackedLinear, torch.bfloat16: _native.PackedLinearBf16}
+except ImportError as error:
+    _native = None
+    NATIVE_ERROR = str(error)
+    PACKED = {}
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def new_packed(layer: nn.Linear) -> Any:
+    """An empty native layer of the sizes and dtype of `layer`."""
+    return PACKED[layer.weight.dtype](layer.out_features, layer.in_features)
+
+
+class NativeKernels(BlockedCache):
+    """C++ on the CPU, for float32 and bfloat16 models.
+
+    num_threads: of attention, linear layers and sampling. isa: auto, plain, avx2 or avx512; all give the same bits.
+    """
+
+    name = "native"
+
+    def __init__(self, reason: str, num_threads: int = 1, isa: str = "auto") -> None:
+        self.context = _native.Context(num_threads, isa=isa)
+        self.reason = f"{reason}, {self.context.isa}, {num_threads} threads"
+
+    def new_layer_cache(
+        self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> LayerCache:
+        """Keys and values rest in float32 whatever the model's dtype: attention reads them many times."""
+        return super().new_layer_cache(num_slots, length, key_states.float(), value_states.float())
+
+    def adopt(self, model: nn.Module) -> None:
+        """Packs the weights of the model's linear layers: once more the memory of those, for their speed."""
+        adopt_layers(model, _native, self.context)
+        pack_linears(
+            model, lambda layer: PACKED[layer.weight.dtype](layer.out_features, layer.in_features), self.context
+        )
+
+    def append_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Writes the new tokens into the cache in place."""
+        _native.append_kv(
+            keys.numpy(),
+            values.numpy(),
+            new_keys.float().contiguous().numpy(),
+            new_values.float().contiguous().numpy(),
+            slots.numpy(),
+            positions.numpy(),
+        )
+
+    def ragged_attention(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
+        """Attention of packed tokens, bit-equal for every batch they come in."""
+        dtype, query = query.dtype, query.float().contiguous()
+        out = torch.empty_like(query)
+        _native.ragged_attention(
+            query.numpy(),
+            keys.numpy(),
+            values.numpy(),
+            slots.numpy(),
+            positions.numpy(),
+            scale,
+            window,
+            softcap,
+            out.numpy(),
+            self.context,
+        )
+        return out.to(dtype)
+
+    def sample_verify(
+        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+    ) -> Verified:
+        """Samples and verifies in one call."""
+        num_rows, num_requests = logits.shape[0], len(offsets) - 1
+        out = Verified(
+            tokens=np.zeros(num_rows, np.int32),
+            logprobs=np.zeros(num_rows, np.float32),
+            count=np.zeros(num_requests, np.int32),
+            finish=np.zeros(num_requests, np.int8),
+        )
+        logits = logits.contiguous() if logits.dtype in NATIVE_DTYPES else logits.float()
+        sample = _native.sample_verify_bf16 if logits.dtype == torch.bfloat16 else _native.sample_verify
+        sample(
+            as_numpy(logits),
+            offsets,
+            drafts,
+            rows.seed,
+            rows.uid,
+            rows.position,
+            rows.temperature,
+            rows.top_p,
+            rows.top_k,
+            rows.remaining,
+            rows.stop_ids,
+            rows.stop_offsets,
+            out.tokens,
+            out.logprobs,
+            out.count,
+            out.finish,
+            self.context,
+        )
+        return out
