@@ -16,22 +16,11 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime import interpreter  # noqa: E402
 
+import slipstream.kernels.triton  # noqa: E402, F401  (makes the interpreter take NumPy's newer releases)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
     raise RuntimeError("triton was imported with TRITON_INTERPRET unset; tests/conftest.py sets it where no GPU is")
-
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _with_scalar_loop_bounds(tensor: Any, scope: Any) -> None:
-    """The interpreter of Triton 3.6 turns one-element arrays into integers in a way that NumPy 2.4 refuses."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
-if DEVICE == "cpu":
-    interpreter._patch_lang_tensor = _with_scalar_loop_bounds
 
 
 def make_rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:

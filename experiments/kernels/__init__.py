@@ -1,0 +1,1 @@
+"""Error and speed of every kernel on the device at hand."""
