@@ -28,12 +28,13 @@ class KernelError(RuntimeError):
 class KernelSet(Protocol):
     """The kernels of one engine; shapes as in kernels/reference.py, cache operations as in cache_layout.py.
 
-    on_device: sampling runs where the logits are, and attention takes the step's table.
+    on_device: sampling runs where the logits are, and attention takes the step's table. own_threads: see NativeKernels.
     """
 
     name: str
     reason: str
     on_device: bool
+    own_threads: bool
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -82,6 +83,7 @@ class ReferenceKernels(BlockedCache):
     """The plain twins, on any device and dtype."""
 
     name = "reference"
+    own_threads = False
 
     def adopt(self, model: nn.Module) -> None:
         """The model keeps its own layers."""

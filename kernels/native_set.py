@@ -42,6 +42,8 @@ class NativeKernels(BlockedCache):
     """
 
     name = "native"
+    own_threads = False
+    """Whether all products of the model run on these kernels' threads: torch's own would only stand in their way."""
 
     def __init__(self, reason: str, num_threads: int = 1, isa: str = "auto") -> None:
         self.context = _native.Context(num_threads, isa=isa)
@@ -56,8 +58,12 @@ class NativeKernels(BlockedCache):
     def adopt(self, model: nn.Module) -> None:
         """Packs the weights of the model's linear layers: once more the memory of those, for their speed."""
         adopt_layers(model, _native, self.context)
-        pack_linears(
-            model, lambda layer: PACKED[layer.weight.dtype](layer.out_features, layer.in_features), self.context
+        pack_linears(model, new_packed, self.context)
+        self.own_threads = not any(
+            tensor.dim() >= 2
+            for layer in model.modules()
+            if "forward" not in vars(layer) and not isinstance(layer, nn.Embedding)
+            for tensor in layer.parameters(recurse=False)
         )
 
     def append_kv(

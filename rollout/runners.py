@@ -7,6 +7,8 @@ committed; the two alternate. Runners hold no state of a request: what they comp
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +63,17 @@ def forward(
     return output.logits[0]
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch's helper threads spin for a while after each operation, on the cores that our own threads need."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class PackedRunner:
     """Tokens of every request side by side, as many as there are: the native kernels and the plain twins."""
 
@@ -74,7 +87,8 @@ class PackedRunner:
         started = time.perf_counter()
         places = StepPlaces(self._upload(plan.slots), self._upload(plan.positions))
         token_ids, logit_rows = self._upload(plan.token_ids), self._upload(plan.logit_rows)
-        logits = forward(self._model, self._cache, token_ids, places, logit_rows)
+        with one_torch_thread() if self._kernels.own_threads else nullcontext():
+            logits = forward(self._model, self._cache, token_ids, places, logit_rows)
         self._launched = plan, rows, logits[: len(plan.row_drafts)], started
 
     def collect(self) -> StepResult:

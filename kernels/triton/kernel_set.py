@@ -23,6 +23,7 @@ class TritonKernels:
 
     name = "triton"
     on_device = True
+    own_threads = False
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

@@ -14,6 +14,7 @@ from slipstream.kernels import _native, reference  # type: ignore[attr-defined]
 from slipstream.kernels.native_layers import find_gates, find_norms
 from slipstream.kernels.native_set import NativeKernels, new_packed
 from slipstream.kernels.packed_linear import PackedLinear, as_numpy, pack_linears
+from slipstream.rollout.runners import one_torch_thread
 
 
 def contexts() -> list[Any]:
@@ -186,3 +187,23 @@ def test_a_model_taken_over_computes_what_it_did() -> None:
         torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     assert ["forward" in layer.__dict__ for layer in model] == [True, True, False, True]
     assert torch.equal(model(x), plain(x))  # with gradients: torch's own operations
+
+
+def test_torch_keeps_its_threads_where_it_computes_products_itself() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(2, 3, 4))
+
+    kernels = NativeKernels("test")
+    kernels.adopt(nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)))
+    assert kernels.own_threads
+    kernels.adopt(nn.Sequential(nn.Linear(4, 3), Experts()))
+    assert not kernels.own_threads
+
+
+def test_a_pass_gives_torch_its_threads_back() -> None:
+    before = torch.get_num_threads()
+    with one_torch_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
