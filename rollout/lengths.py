@@ -199,6 +199,14 @@ class LiveLengths:
         initial = np.array([model.initial_class(name) for name in prompt_ids], np.int64)
         return cls(model, tables, np.arange(len(prompt_ids)), initial)
 
+    def num_live(self) -> np.ndarray | int:
+        """Live requests of the worker, or [B] of each request's worker."""
+        if self.owner is None:
+            return len(self.rows)
+        starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
+        sizes = np.diff(starts, append=len(self.owner))
+        return np.repeat(sizes, sizes)
+
     def classes(self, generated: np.ndarray) -> np.ndarray:
         """[B] the most probable final class given the tokens so far; the longer one wins a tie. UNKNOWN without any
         history at all."""
