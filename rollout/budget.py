@@ -99,42 +99,49 @@ class FixedBudget:
 def least_probability(
     step: StepCost,
     chances: np.ndarray,
-    context_len: np.ndarray,
     num_live: np.ndarray | int,
     num_queued: np.ndarray | float = 0.0,
+    speed: np.ndarray | float = 1.0,
+    width: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """[B] c_tok / (lambda_i + c_live + c_kv context_i + c_tok), in [0, 1]: see PriceBudget; 0 where tokens are free.
+    """[B] c_tok speed_i / (lambda_i + c_tok (1 + width_i)), in [0, 1]: see PriceBudget; 0 where tokens are free.
 
-    chances: [B] P(finishes last); context_len: [B] tokens; num_live, num_queued: of the request's worker, one or [B].
+    chances: [B] P(finishes last); num_live, num_queued: of the request's worker, one or [B]. speed, width: tokens gained
+    and draft tokens verified per round.
     """
     rows = np.maximum(num_live, 1)
     waiting = num_queued / (num_queued + rows)
     last = (1.0 - waiting) * np.nan_to_num(chances) + waiting / rows
-    saved = step.base * last + step.live + step.kv * context_len + step.tok
-    least = np.where(saved > 0.0, step.tok / np.where(saved > 0.0, saved, 1.0), 0.0)
+    spent = step.base * last + step.tok * (1.0 + width)
+    least = np.where(spent > 0.0, step.tok * speed / np.where(spent > 0.0, spent, 1.0), 0.0)
     return np.clip(np.nan_to_num(least, nan=1.0), 0.0, 1.0)
 
 
 class PriceBudget:
-    """Draft token j of request i iff (lambda_i + c_tok) q_ij >= c_tok.
+    """Draft token j of request i iff q_ij (lambda_i + c_tok (1 + g_i)) >= c_tok (1 + a_i).
 
     DAS minimises c_base N + c_tok (tokens) subject to: rounds of every request <= N (its Eq 4-6). Tokens counted as
     they are run, a request costs its rounds plus its drafts: l_i - A_i + p_i (DAS counts p_i alone). The Lagrangian has
-    sum_i lambda_i = c_base, and dA_i/dp_i, the chance q_ij that one more draft token is accepted with its path, enters
-    as (lambda_i + c_tok) q_ij = c_tok. Units: lambda_i and c_tok are seconds per round and seconds per token; a token
-    accepted saves request i one round, so seconds = seconds. Ours, beyond DAS:
+    sum_i lambda_i = c_base and (lambda_i + c_tok) dA_i/dp_i = c_tok. Units: lambda_i and c_tok are seconds per round
+    and seconds per token. dA/dp is taken over a whole response, and is not yet q_ij, the chance that token j of one
+    draft is accepted with its path: with a_i tokens accepted and g_i drafted in a round, A = l a / (1 + a) and
+    p = l g / (1 + a), and one more draft token a round, accepted with q = da/dg, gives dA/dp = q / (1 + a - g q). That is
+    the rule above: a token accepted saves 1 / (1 + a) rounds, because a round gains 1 + a tokens, and a round costs its
+    drafts too. It maximises (1 + a) / (lambda + c_tok (1 + g)), tokens for the price of a round. For a first draft
+    (a = g = 0) it is (lambda_i + c_tok) q_ij >= c_tok. All of this is ours, and so is:
 
     - lengths are uncertain, so lambda_i = c_base P(i finishes last) (envelope theorem: the makespan falls by c_base
       only if the request that saves the round is the last one);
-    - a round saved also saves the request's share of a pass, c_live + c_kv context_i, whoever finishes last;
+    - what a round saved also spares whoever finishes last, c_live + c_kv context_i, is left out: steps tell it badly
+      from what tokens cost, and a price that is too high loses less than one that is too low;
     - the estimate of P is mixed with 1 / B (HEDGE), because it is one;
     - while `num_queued` requests wait for a slot, every live one's round delays them alike: with weight
       num_queued / (num_queued + B) lambda_i is c_base / B.
 
-    The rule per row is a least probability, q_ij >= c_tok / (lambda_i + c_live + c_kv context_i + c_tok): depth follows
-    the request's length, the draft's own confidence, the live batch and the hardware. Without lengths P = 1 / B;
-    without a trusted cost, c_base / c_tok is the model's knee_tokens and the rest 0. estimates=False is for drafters
-    that estimate no probability: q_ij is then the measured share of accepted tokens to the power j.
+    The rule per row is a least probability of q_ij, with a_i and g_i as measured so far: depth follows the request's length, the
+    draft's own confidence, the live batch and the hardware. Without lengths P = 1 / B; without a trusted cost,
+    c_base / c_tok is the model's knee_tokens. estimates=False is for drafters that estimate no probability: q_ij is
+    then the measured share of accepted tokens to the power j.
     """
 
     def __init__(self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = ()) -> None:
@@ -150,7 +157,8 @@ class PriceBudget:
         queued = 0.0 if lengths is None else lengths.num_queued
         num_live = len(live) if lengths is None else lengths.num_live()
         chances = (1.0 - HEDGE) * self._chances(live, lengths) + HEDGE / np.maximum(num_live, 1)
-        threshold = least_probability(step, chances, live.context_len, num_live, queued)
+        speed, width = (1.0, 0.0) if lengths is None else (lengths.speed, lengths.width)
+        threshold = least_probability(step, chances, num_live, queued, speed, width)
         depth = np.full(len(live), self.max_draft_tokens, np.float64)
         if not self.estimates:
             depth = np.minimum(depth, np.floor(np.log(np.maximum(threshold, 1e-12)) / np.log(self.chain.rate)))

@@ -24,7 +24,7 @@ MIN_STEPS = 48
 MAX_RELATIVE_ERROR = 0.1
 OUTLIER = 3.0
 MIN_TOKEN_SHARE = 1e-4
-RIDGE = np.array([0.0, 1e-3, 1e-3, 0.0])
+RIDGE = np.array([0.0, 0.02, 0.02, 0.0])
 """Pulls c_live and c_kv to 0 where steps do not tell them from c_tok: then a draft token is priced too high, not too
 low. Relative to the sums on the diagonal."""
 

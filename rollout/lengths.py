@@ -173,7 +173,7 @@ class LiveLengths:
     """The lengths of the live batch: what a budget policy is shown of a LengthModel.
 
     tables: [slots, NUM_BINS + 1] float32 `LengthModel.table`s; rows: [B] the live requests' rows of it. initial: [B]
-    classes. speed: [B] tokens that each request gains per round. num_queued: requests that wait for a slot.
+    classes. speed, width: [B] tokens that each request gains and draft tokens that it verifies per round. num_queued: requests that wait for a slot.
     owner: [B] non-decreasing worker index, for batches of several workers (replay); None: one worker.
     """
 
@@ -186,11 +186,14 @@ class LiveLengths:
         speed: np.ndarray | None = None,
         num_queued: np.ndarray | float = 0.0,
         owner: np.ndarray | None = None,
+        width: np.ndarray | None = None,
     ) -> None:
         self.model, self.tables, self.rows, self.initial = model, tables, rows, initial
         speed = np.ones(len(rows)) if speed is None else np.where(np.isfinite(speed), speed, 1.0)
         self.speed = np.maximum(speed, 1.0).astype(np.float32)
         self.num_queued, self.owner = num_queued, owner
+        width = np.zeros(len(rows)) if width is None else np.where(np.isfinite(width), width, 0.0)
+        self.width = np.maximum(width, 0.0)
 
     @classmethod
     def of_prompts(cls, model: LengthModel, prompt_ids: Sequence[str]) -> LiveLengths:

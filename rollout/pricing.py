@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from slipstream.drafter.base import LiveBatch, Price
+from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import BudgetPolicy, PriceBudget
 from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.finish_last import LastCalibration
@@ -19,7 +20,9 @@ from slipstream.rollout.slots import SlotTable
 
 NOTE_EVERY = 32
 """Steps between two estimates of P(last) that are kept for comparison with who was last."""
-SPEED_PRIOR_ROUNDS = 8.0
+PRIOR_ROUNDS = 8.0
+FADE_PER_STEP = 0.98
+"""Of the tokens drafted and accepted per round over all requests, which a new request is taken to have."""
 
 
 class Pricing:
@@ -40,6 +43,7 @@ class Pricing:
         self._uid = np.full(num_slots, -1, np.int64)
         self._steps = 0
         self._measured = False
+        self._drafted = self._accepted = 0.0
         self._live: LiveBatch | None = None
         self._chances = np.zeros(0)
         self.learn_lengths(LengthModel() if lengths is None else lengths)
@@ -49,16 +53,24 @@ class Pricing:
         self.lengths = lengths
         self._uid[:] = -1
 
-    def price(self, budget: BudgetPolicy, live: LiveBatch, table: SlotTable, num_queued: int) -> Price:
-        """The budget's price for the slots of table.order, or zero where the guard forbids."""
+    def price(
+        self, budget: BudgetPolicy, live: LiveBatch, table: SlotTable, num_queued: int, acceptance: AcceptanceModel
+    ) -> Price:
+        """The budget's price for the slots of table.order, or zero where the guard forbids.
+
+        The budget asks for probabilities; `acceptance` tells which of the drafter's estimates come to that.
+        """
         slots = table.order
         self._join(slots, live.uids, table)
-        rounds = table.rounds[slots]
-        gained = live.num_generated.astype(np.float64)
-        usual = (gained.sum() + len(slots)) / (rounds.sum() + len(slots))
-        speed = (gained + SPEED_PRIOR_ROUNDS * usual) / (rounds + SPEED_PRIOR_ROUNDS)
-        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, float(num_queued))
-        price = budget.price(live, self.cost, view)
+        rounds = table.rounds[slots] + PRIOR_ROUNDS
+        accepted = table.accepted[slots].sum(axis=1)
+        speed = 1.0 + (accepted + PRIOR_ROUNDS * self._accepted) / rounds
+        width = (table.drafted[slots] + PRIOR_ROUNDS * self._drafted) / rounds
+        queued = float(num_queued)
+        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, queued, width=width)
+        asked = budget.price(live, self.cost, view)
+        least = acceptance.estimates_for(asked.min_accept_prob).astype(np.float32)
+        price = Price(asked.max_draft, least, asked.branching)
         rows = len(slots)
         self._live = live
         self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
@@ -90,7 +102,11 @@ class Pricing:
         self.cost.observe(len(plan.live_slots), int(table.cached[plan.live_slots].sum()), len(plan.token_ids), seconds)
         if budget is None or self._live is None:
             return
-        budget.observe(plan.draft_counts, np.maximum(counts - 1, 0))
+        accepted = np.maximum(counts - 1, 0)
+        budget.observe(plan.draft_counts, accepted)
+        if len(counts):
+            self._drafted += (1.0 - FADE_PER_STEP) * (float(plan.draft_counts.mean()) - self._drafted)
+            self._accepted += (1.0 - FADE_PER_STEP) * (float(accepted.mean()) - self._accepted)
         if self._measured and self.guard is not None:
             self.guard.observe(seconds, float(self._chances[plan.draft_rows] @ counts))
         if not len(table.order):

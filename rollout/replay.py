@@ -112,17 +112,19 @@ def replay(
     state = _deal(trace, model, num_workers)
     known = KnownCost(cost)
     _start(state, cost, max_live)
-    speed = np.ones(len(state.order))
+    speed, width = np.ones(len(state.order)), np.zeros(len(state.order))
     while len(rows := state.live()):
         request = state.order[rows]
         prompt = trace.prompt[request]
         waiting = np.bincount(state.owner[~state.started], minlength=num_workers)[state.owner[rows]]
-        view = LiveLengths(model, tables, prompt, initial[prompt], speed[rows], waiting, state.owner[rows])
+        view = LiveLengths(model, tables, prompt, initial[prompt], speed[rows], waiting, state.owner[rows], width[rows])
         done = state.generated[rows].astype(np.int32)
         # What decides is not shown: the length that the trace knows.
         live = LiveBatch(request, done, np.maximum(trace.cap_tokens - done, 1), done + trace.prompt_tokens[request])
         drafted, accepted = _drafts(trace, request, policy, live, known, view, max_draft_tokens)
-        speed[rows] = 1.0 + accepted
+        # A policy that looks at its own speed settles within a few rounds: half the way at every event.
+        speed[rows] = (speed[rows] + 1.0 + accepted) / 2
+        width[rows] = (width[rows] + drafted) / 2
         _advance(state, rows, cost, drafted, accepted)
         _start(state, cost, max_live)
     drafted_sum, accepted_sum, tokens = state.totals.tolist()

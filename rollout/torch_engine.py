@@ -192,7 +192,7 @@ class TorchEngine:
         if self.drafter is None or self.budget is None:
             return None
         live = self.table.live_batch(slots)
-        price = self.pricing.price(self.budget, live, self.table, len(self._queue))
+        price = self.pricing.price(self.budget, live, self.table, len(self._queue), self.acceptance)
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
         np.clip(limit, 0, self.max_draft_tokens, out=limit)

@@ -48,7 +48,9 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
     for axes in (live, rows):
         axes.spines[["top", "right"]].set_visible(False)
     for source in used:
-        rows.plot([], [], color=COLOURS[source], linewidth=3, label=LABELS.get(SOURCE_NAMES[source], source_label(source)))
+        rows.plot(
+            [], [], color=COLOURS[source], linewidth=3, label=LABELS.get(SOURCE_NAMES[source], source_label(source))
+        )
     live.legend(*rows.get_legend_handles_labels(), loc="upper right", frameon=False, fontsize=8, ncols=2)
     if title:
         live.set_title(title, fontsize=10, loc="left")

@@ -174,5 +174,3 @@ def measure(
             for name in arms.names:
                 out[kind][name].append([runs[name] for runs in rounds])
     return out
-
-

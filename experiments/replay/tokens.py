@@ -17,9 +17,8 @@ from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.cost_model import StepCost
 from slipstream.rollout.lengths import LengthModel, LiveLengths
 from slipstream.rollout.packing import ROW_MULTIPLE
+from slipstream.rollout.pricing import FADE_PER_STEP, PRIOR_ROUNDS
 from slipstream.rollout.replay import KnownCost
-
-SPEED_PRIOR_ROUNDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +43,18 @@ class _Texts:
         for row, text in enumerate(texts):
             self.tokens[row, : len(text.tokens)] = text.tokens
         self.at = np.zeros(len(texts), np.int64)
-        self.rounds = np.zeros(len(texts), np.int64)
+        self.rounds, self.drafted = np.zeros((2, len(texts)), np.int64)
 
     def live_batch(self, rows: np.ndarray, max_tokens: int) -> LiveBatch:
         at = self.at[rows].astype(np.int32)
         left = np.maximum(max_tokens - at, 1).astype(np.int32)
         return LiveBatch(self.uids[rows], at, left, (self.context[rows] + at).astype(np.int32))
 
-    def speed(self, rows: np.ndarray) -> np.ndarray:
-        at, rounds = self.at[rows], self.rounds[rows]
-        usual = (at.sum() + len(rows)) / (rounds.sum() + len(rows))
-        return (at + SPEED_PRIOR_ROUNDS * usual) / (rounds + SPEED_PRIOR_ROUNDS)
+    def usual(self, rows: np.ndarray, spent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens gained and drafted per round, as rollout.pricing estimates them."""
+        rounds = self.rounds[rows] + PRIOR_ROUNDS
+        speed = 1.0 + (self.at[rows] - self.rounds[rows] + PRIOR_ROUNDS * spent[1]) / rounds
+        return speed, (self.drafted[rows] + PRIOR_ROUNDS * spent[0]) / rounds
 
 
 def replay_tokens(
@@ -68,10 +68,11 @@ def replay_tokens(
     max_tokens: int,
     max_draft_tokens: int,
     acceptance: AcceptanceModel | None = None,
+    spent: np.ndarray | None = None,
 ) -> TokenReplay:
     """Decodes all texts together, started at once. prompts: tokens by prompt_id; max_tokens: the length limit.
 
-    acceptance: what was measured before; it goes on learning. The prompts are computed once per prompt, in a step of
+    acceptance: what was measured before; spent: [2] draft tokens verified and accepted per round; both go on learning. The prompts are computed once per prompt, in a step of
     their own, as the engine does.
     """
     acceptance = AcceptanceModel() if acceptance is None else acceptance
@@ -87,18 +88,23 @@ def replay_tokens(
     seconds = float(cost.seconds(len(set(names)), prefill, _padded(prefill)))
     totals, steps, rows = np.zeros(3, np.int64), 0, np.arange(len(texts))
     known = KnownCost(cost)
+    spent = np.zeros(2) if spent is None else spent
     while len(rows):
         live = table.live_batch(rows, max_tokens)
-        view = LiveLengths(lengths, tables, rows, initial[rows], table.speed(rows))
+        speed, width = table.usual(rows, spent)
+        view = LiveLengths(lengths, tables, rows, initial[rows], speed, width=width)
         price = policy.price(live, known, view)
+        least = acceptance.estimates_for(price.min_accept_prob).astype(np.float32)
         limit = np.clip(np.minimum(price.max_draft, live.num_remaining - 1), 0, max_draft_tokens).astype(np.int32)
         out.clear(len(rows))
         if limit.any():
-            drafter.propose(live, Price(limit, price.min_accept_prob), out)
+            drafter.propose(live, Price(limit, least), out)
         counts = out.count[: len(rows)].astype(np.int64)
         taken = _take(table, rows, out, drafter, max_tokens)
         steps += 1
         policy.observe(counts, np.minimum(taken - 1, counts))
+        table.drafted[rows] += counts
+        spent += (1.0 - FADE_PER_STEP) * (np.array([counts.mean(), (taken - 1).mean()]) - spent)
         ended = table.at[rows] >= table.lengths[rows]
         acceptance.observe(out.cells[: len(rows)], out.probs[: len(rows)], counts, np.minimum(taken - 1, counts), ended)
         if calibrates_after(steps):

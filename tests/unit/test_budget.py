@@ -79,16 +79,30 @@ def test_without_knowledge_the_price_asks_for_more_the_fuller_the_batch() -> Non
 
 
 def test_a_draft_token_is_worth_its_price_by_the_rule_of_the_docstring() -> None:
-    """A round saved is worth c_base when it is the last request's, and its own live, KV and token cost in any case."""
+    """A round saved is worth c_base when it is the last request's, and the token's own price in any case."""
     step = StepCost(base=2e-3, live=1e-5, kv=1e-8, tok=4e-5)
-    chances, context = np.array([0.7, 0.3, 0.0]), np.array([100, 2000, 10])
-    expected = step.tok / (step.base * chances + step.live + step.kv * context + step.tok)
-    np.testing.assert_allclose(least_probability(step, chances, context, 3), expected)
+    chances = np.array([0.7, 0.3, 0.0])
+    np.testing.assert_allclose(least_probability(step, chances, 3), step.tok / (step.base * chances + step.tok))
     # While others wait for a slot, nobody live is known to decide alone.
-    crowded = least_probability(step, chances, context, 3, num_queued=1e9)
-    np.testing.assert_allclose(
-        crowded, step.tok / (step.base / 3 + step.live + step.kv * context + step.tok), rtol=1e-6
-    )
+    crowded = least_probability(step, chances, 3, num_queued=1e9)
+    np.testing.assert_allclose(crowded, step.tok / (step.base / 3 + step.tok), rtol=1e-6)
+
+
+@given(st.floats(0.05, 0.98), st.floats(1.0, 500.0))
+@settings(max_examples=60, deadline=None)
+def test_the_rules_fixed_point_is_the_best_depth(rate: float, knee: float) -> None:
+    """A chain whose tokens are accepted with `rate` each: seconds per token, tried for every depth, are least there."""
+    depth = np.arange(33)
+    accepted = np.array([rate ** np.arange(1, d + 1) @ np.ones(d) for d in depth])
+    seconds = (knee + 1.0 + depth) / (1.0 + accepted)
+    chosen = 0
+    for _ in range(200):
+        least = least_probability(StepCost(knee, 0, 0, 1.0), np.ones(1), 1, 0.0, 1 + accepted[chosen], float(chosen))[0]
+        following = min(32, int(np.floor(np.log(least) / np.log(rate) + 1e-9))) if least < 1.0 else 0
+        if following == chosen:
+            break
+        chosen = following
+    assert seconds[chosen] <= seconds.min() * 1.01
 
 
 def test_the_request_expected_to_finish_last_may_draft_riskier_tokens() -> None:
@@ -166,14 +180,16 @@ def test_a_batch_may_change_in_any_way_from_step_to_step(batches: list[list[int]
         ones = np.ones(len(uids), np.int32)
         view = LiveLengths.of_prompts(model, [f"p{uid}" for uid in uids])
         for budget in budgets:
-            assert len(budget.price(LiveBatch(np.array(uids), ones, ones * 500, ones), None, view).max_draft) == len(uids)
+            assert len(budget.price(LiveBatch(np.array(uids), ones, ones * 500, ones), None, view).max_draft) == len(
+                uids
+            )
             if isinstance(budget, PriceBudget) and uids:
                 assert budget.last_chances.sum() == pytest.approx(1.0)
 
 
 def test_free_tokens_and_free_passes_have_a_price() -> None:
-    free_tokens = least_probability(StepCost(1.0, 0.0, 0.0, 0.0), np.array([0.5, 0.5]), np.array([1, 1]), 2)
-    free_passes = least_probability(StepCost(0.0, 0.0, 0.0, 1.0), np.array([0.5, 0.5]), np.array([1, 1]), 2)
+    free_tokens = least_probability(StepCost(1.0, 0.0, 0.0, 0.0), np.array([0.5, 0.5]), 2)
+    free_passes = least_probability(StepCost(0.0, 0.0, 0.0, 1.0), np.array([0.5, 0.5]), 2)
     assert free_tokens.tolist() == [0.0, 0.0]
     assert free_passes.tolist() == [1.0, 1.0]
 
