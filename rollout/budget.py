@@ -24,7 +24,8 @@ REFRESH_EVERY = 16
 
 HEDGE = 0.4
 """Weight of equal chances beside the estimated P(last): histories are short, lengths within a group are not independent
-and the policy moves. Chosen on replays, where everything from 0.25 to 0.6 is within 1 %, 0 up to 30 % worse when cold."""
+and the policy moves. Chosen on replays: with 0.25 to 0.7 makespans are within 2 % of each other, with 0 up to 8 % worse
+when nothing is known of the prompts."""
 
 
 class BudgetPolicy(Protocol):
@@ -106,8 +107,8 @@ def least_probability(
 ) -> np.ndarray:
     """[B] c_tok speed_i / (lambda_i + c_tok (1 + width_i)), in [0, 1]: see PriceBudget; 0 where tokens are free.
 
-    chances: [B] P(finishes last); num_live, num_queued: of the request's worker, one or [B]. speed, width: tokens gained
-    and draft tokens verified per round.
+    chances: [B] P(finishes last); num_live, num_queued: of the request's worker, one or [B]. speed, width: tokens
+    gained and draft tokens verified per round.
     """
     rows = np.maximum(num_live, 1)
     waiting = num_queued / (num_queued + rows)
@@ -125,9 +126,9 @@ class PriceBudget:
     sum_i lambda_i = c_base and (lambda_i + c_tok) dA_i/dp_i = c_tok. Units: lambda_i and c_tok are seconds per round
     and seconds per token. dA/dp is taken over a whole response, and is not yet q_ij, the chance that token j of one
     draft is accepted with its path: with a_i tokens accepted and g_i drafted in a round, A = l a / (1 + a) and
-    p = l g / (1 + a), and one more draft token a round, accepted with q = da/dg, gives dA/dp = q / (1 + a - g q). That is
-    the rule above: a token accepted saves 1 / (1 + a) rounds, because a round gains 1 + a tokens, and a round costs its
-    drafts too. It maximises (1 + a) / (lambda + c_tok (1 + g)), tokens for the price of a round. For a first draft
+    p = l g / (1 + a), and one more draft token a round, accepted with q = da/dg, gives dA/dp = q / (1 + a - g q). That
+    is the rule above: a token accepted saves 1 / (1 + a) rounds, because a round gains 1 + a tokens, and a round costs
+    its drafts too. It maximises (1 + a) / (lambda + c_tok (1 + g)), tokens for the price of a round. For a first draft
     (a = g = 0) it is (lambda_i + c_tok) q_ij >= c_tok. All of this is ours, and so is:
 
     - lengths are uncertain, so lambda_i = c_base P(i finishes last) (envelope theorem: the makespan falls by c_base
@@ -138,10 +139,10 @@ class PriceBudget:
     - while `num_queued` requests wait for a slot, every live one's round delays them alike: with weight
       num_queued / (num_queued + B) lambda_i is c_base / B.
 
-    The rule per row is a least probability of q_ij, with a_i and g_i as measured so far: depth follows the request's length, the
-    draft's own confidence, the live batch and the hardware. Without lengths P = 1 / B; without a trusted cost,
-    c_base / c_tok is the model's knee_tokens. estimates=False is for drafters that estimate no probability: q_ij is
-    then the measured share of accepted tokens to the power j.
+    The rule per row is a least probability of q_ij, with a_i and g_i as measured so far: depth follows the request's
+    length, the draft's own confidence, the live batch and the hardware. Without lengths P = 1 / B; without a trusted
+    cost, c_base / c_tok is the model's knee_tokens. estimates=False is for drafters that estimate no probability:
+    q_ij is then the measured share of accepted tokens to the power j.
     """
 
     def __init__(self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = ()) -> None:

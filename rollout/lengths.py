@@ -173,8 +173,9 @@ class LiveLengths:
     """The lengths of the live batch: what a budget policy is shown of a LengthModel.
 
     tables: [slots, NUM_BINS + 1] float32 `LengthModel.table`s; rows: [B] the live requests' rows of it. initial: [B]
-    classes. speed, width: [B] tokens that each request gains and draft tokens that it verifies per round. num_queued: requests that wait for a slot.
-    owner: [B] non-decreasing worker index, for batches of several workers (replay); None: one worker.
+    classes. speed, width: [B] tokens that each request gains and draft tokens that it verifies per round. num_queued:
+    requests that wait for a slot. owner: [B] non-decreasing worker index, for batches of several workers (replay);
+    None: one worker.
     """
 
     def __init__(

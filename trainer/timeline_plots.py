@@ -19,7 +19,6 @@ from slipstream.drafter.base import SOURCE_NAMES
 
 COLOURS = ("#c3cad1", "#8a4fa3", "#d9650f", "#1f5fa8", "#2b8c5a", "#b8860b")
 """By index of SOURCE_NAMES; "none" is a pass that gained the model's own token alone."""
-LABELS = {"none": "no draft accepted"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +47,7 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
     for axes in (live, rows):
         axes.spines[["top", "right"]].set_visible(False)
     for source in used:
-        rows.plot(
-            [], [], color=COLOURS[source], linewidth=3, label=LABELS.get(SOURCE_NAMES[source], source_label(source))
-        )
+        rows.plot([], [], color=COLOURS[source], linewidth=3, label=source_label(source))
     live.legend(*rows.get_legend_handles_labels(), loc="upper right", frameon=False, fontsize=8, ncols=2)
     if title:
         live.set_title(title, fontsize=10, loc="left")
@@ -59,7 +56,8 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
 
 def source_label(source: int) -> str:
     """How the legend calls a source."""
-    return f"from {SOURCE_NAMES[source]}"
+    name = SOURCE_NAMES[source]
+    return "no draft accepted" if name == "none" else f"from {name}"
 
 
 def _draw(axes: Axes, lines: Sequence[Line]) -> list[int]:

@@ -2,7 +2,7 @@
 
 Invariants: every arm samples the same requests with the same weights, and its tokens are compared with those of `off`;
 arms take turns within a round; each arm is a job of its own that keeps what it measured of costs and acceptance, and
-whose drafter and lengths know the seed's earlier visits and nothing else; the guard is off, so that an arm is its policy.
+whose drafter and lengths know the seed's earlier visits and nothing else; no guard, so that an arm is its policy.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Arms:
         visits = []
         for visit in range(1, num_visits + 1):
             batches = [self._requests(batch, 100 * seed + visit) for batch in prompts]
-            visits.append([_records(self._drain(batch), visit) for batch in batches])
+            visits.append([as_records(self._drain(batch), visit) for batch in batches])
         return Epoch([self._requests(batch, TIMED_STEP + seed) for batch in prompts], visits)
 
     def prompts(self, seed: int) -> list[list[Prompt]]:
@@ -135,7 +135,7 @@ class Arms:
             done = self._drain(requests) if recorder is None else recorder.drain(engine, requests)
             seconds += time.perf_counter() - started
             rollouts += done
-            records = _records(done, TIMED_STEP)
+            records = as_records(done, TIMED_STEP)
             observe_records(lengths, records)
             drafter.publish(TIMED_STEP, records)
         return Run(seconds, engine.stats(reset=True), rollouts)
@@ -152,7 +152,8 @@ class Arms:
         return runs
 
 
-def _records(rollouts: Sequence[Rollout], step: int) -> list[HistoryRecord]:
+def as_records(rollouts: Sequence[Rollout], step: int) -> list[HistoryRecord]:
+    """What drafters and lengths remember of these rollouts."""
     return [
         HistoryRecord(r.request.prompt_id, step, r.request.uid, r.tokens, censored=r.finish == "length")
         for r in rollouts

@@ -72,8 +72,8 @@ def replay_tokens(
 ) -> TokenReplay:
     """Decodes all texts together, started at once. prompts: tokens by prompt_id; max_tokens: the length limit.
 
-    acceptance: what was measured before; spent: [2] draft tokens verified and accepted per round; both go on learning. The prompts are computed once per prompt, in a step of
-    their own, as the engine does.
+    acceptance: what was measured before; spent: [2] draft tokens verified and accepted per round; both go on learning.
+    The prompts are computed once per prompt, in a step of their own, as the engine does.
     """
     acceptance = AcceptanceModel() if acceptance is None else acceptance
     drafter.calibrate(acceptance.probabilities())
