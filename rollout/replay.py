@@ -211,7 +211,7 @@ def _closed_form(policy: ClosedFormBudget, live: LiveBatch, cost: CostModel, vie
     owner = np.zeros(len(live), np.int64) if view.owner is None else view.owner
     out = np.zeros(len(live))
     for mine in np.split(np.arange(len(live)), np.flatnonzero(np.diff(owner)) + 1):
-        part = LiveBatch(*(array[mine] for array in (live.uids, live.num_generated, live.num_remaining)), mine)
+        part = LiveBatch(live.uids[mine], live.num_generated[mine], live.num_remaining[mine], live.context_len[mine])
         lengths = LiveLengths(view.model, view.tables, view.rows[mine], view.initial[mine])
         out[mine] = policy.budget(part, cost.cost, lengths, policy.chain.rate)
     return out

@@ -6,7 +6,7 @@ legend is also a place in its line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +23,23 @@ COLOURS = ("#c3cad1", "#8a4fa3", "#d9650f", "#1f5fa8", "#2b8c5a", "#b8860b")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One rollout. times: end of each of its forward passes; sources: index into SOURCE_NAMES of what it accepted."""
+    """One rollout. times: end of each of its forward passes; sources: index into SOURCE_NAMES of what it accepted.
+
+    starts_at_zero: the first pass began at 0; otherwise it is taken to have lasted as long as the second.
+    """
 
     times: list[float]
     sources: list[int]
+    starts_at_zero: bool = False
+
+
+def line_of_counts(num_tokens: int, by_source: Mapping[str, int]) -> Line:
+    """A rollout of which only totals are known: its own tokens first, then what it accepted, source by source."""
+    counts = [(i, by_source.get(name, 0)) for i, name in enumerate(SOURCE_NAMES)]
+    counts[0] = (0, max(num_tokens - sum(by_source.values()), 0))
+    used = [(source, count) for source, count in counts if count]
+    ends = np.cumsum([count for _, count in used]).astype(float).tolist()
+    return Line(ends, [source for source, _ in used], starts_at_zero=True)
 
 
 def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str = "") -> Figure:
@@ -64,8 +77,9 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> list[int]:
     """One segment per pass; the sources that occur."""
     segments, colours, used = [], [], set()
     for row, line in enumerate(lines):
-        starts = [line.times[0] - (line.times[1] - line.times[0] if len(line.times) > 1 else line.times[0])]
-        starts = [max(starts[0], 0.0), *line.times[:-1]]
+        lasted = line.times[1] - line.times[0] if len(line.times) > 1 else line.times[0]
+        first = 0.0 if line.starts_at_zero else max(line.times[0] - lasted, 0.0)
+        starts = [first, *line.times[:-1]]
         segments += [[(a, row), (b, row)] for a, b in zip(starts, line.times, strict=True)]
         colours += [COLOURS[source] for source in line.sources]
         used.update(line.sources)

@@ -13,7 +13,7 @@ import numpy as np
 from slipstream.drafter.base import LiveBatch
 from slipstream.experiments.replay.workers import compare, describe, price_vs_best
 from slipstream.rollout.budget import PriceBudget
-from slipstream.rollout.closed_form import drafts_for, solve, total_cost
+from slipstream.rollout.closed_form import Formula, drafts_for, solve, total_cost
 from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.lengths import LengthModel, LiveLengths
 from slipstream.rollout.replay import H100_7B, synthetic_trace
@@ -26,7 +26,8 @@ def paper_setting(seeds: int) -> dict[str, Any]:
     """256 requests live on one GPU, 16k cap, 16 samples of 16 prompts; means over seeds, cold and warm."""
     out: dict[str, Any] = {"paper_reduction": PAPER_REDUCTION}
     for kind, visits in (("warm", 3), ("cold", 0)):
-        runs, assumed = [], {}
+        runs: list[dict[str, dict[str, float]]] = []
+        assumed: dict[str, Any] = {}
         for seed in range(seeds):
             # Lengths: a median of 3,500 tokens and 7 % at the cap look like the plotted 459 s a step; a mixture of
             # contexts that accepts about two tokens of a fixed draft of eight is DAS's Fig 4 in the middle of training.
@@ -66,9 +67,9 @@ def generated(seeds: int) -> dict[str, float]:
     return out
 
 
-def closed_form_gap(seeds: int, points: int = 20000) -> dict[str, float]:
+def closed_form_gap(seeds: int, points: int = 20000) -> dict[Formula, float]:
     """Cost of the closed form over the brute-force optimum of its own programme, less 1: the worst case."""
-    worst = {"corrected": 0.0, "published": 0.0}
+    worst: dict[Formula, float] = {"corrected": 0.0, "published": 0.0}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         for count in (16, 64, 256):

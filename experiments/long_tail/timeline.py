@@ -30,7 +30,9 @@ class Recorder:
         engine.submit(requests)
         done: dict[int, Rollout] = {}
         table = engine.table
-        accepted, where, lines = {}, {}, {request.uid: Line([], []) for request in requests}
+        accepted: dict[int, np.ndarray] = {}
+        where: dict[int, int] = {}
+        lines = {request.uid: Line([], []) for request in requests}
         while len(done) < len(requests):
             started = time.perf_counter()
             finished = engine.step()

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64, 512, 4096], help="(default 1 to 4096)")
     parser.add_argument("--prompts-per-worker", type=int, default=2, help="times 16 samples (default 2)")
     parser.add_argument("--spread", type=float, default=0.9, help="sigma of log lengths between prompts (default 0.9)")
-    parser.add_argument("--seeds", type=int, default=3, help="epochs of the validation (default 3; 0: none)")
+    parser.add_argument("--seeds", type=int, default=3, help="epochs of the validation (default 3; below 2: none)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the validation (default 3)")
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "arms": arms,
             "assumed": describe(trace, cost, count, 256),
         }
-    if args.seeds:
+    if args.seeds >= 2:
         torch.set_num_threads(1)
         out["validation"] = validate(quickstart_workload(), range(args.seeds), args.rounds)
     return out
@@ -94,6 +94,10 @@ def replay_run(folder: Path, cost: StepCost) -> dict[str, Any]:
         names = ("makespan_s", "rounds", "drafted", "accepted")
         cpu_s = time.perf_counter() - started
         out[name] = dict(zip(names, total.tolist(), strict=True)) | {"of_off": float(total[0]) / off, "cpu_s": cpu_s}
-    assumed = {"cost_base_ms": 1e3 * cost.base, "cost_live_us": 1e6 * cost.live, "cost_tok_us": 1e6 * cost.tok}
+    assumed: dict[str, Any] = {
+        "cost_base_ms": 1e3 * cost.base,
+        "cost_live_us": 1e6 * cost.live,
+        "cost_tok_us": 1e6 * cost.tok,
+    }
     assumed["workers"] = "one, with a slot for every request of a step"
     return {"arms": out, "price_vs_best": price_vs_best(out), "num_steps": len(steps), "assumed": assumed}

@@ -1,6 +1,6 @@
 """How far the replay's predictions are from what the engine really takes.
 
-Invariants: costs are fitted on other batches than those predicted; the replay sees the recorded tokens, the cost and
+Invariants: costs are fitted on the other seeds' runs, at least one; the replay sees the recorded tokens, the cost and
 what the engine's drafter would have seen, and no measured time of what it predicts.
 """
 
@@ -26,28 +26,34 @@ VALIDATED = ("off", "fixed_4", "price")
 
 
 def validate(workload: Workload, seeds: Sequence[int], num_rounds: int) -> dict[str, Any]:
-    """Predicted and measured seconds of the quickstart's warm epochs, and their relative difference, by arm."""
+    """Predicted and measured seconds of the quickstart's warm epochs, and their relative difference, by arm.
+
+    seeds: two or more.
+    """
     setting = Setting("quickstart", num_prompts=4, num_samples=4, num_batches=4)
     arms = Arms(workload, setting, VALIDATED)
     prompts = {prompt.prompt_id: prompt.tokens for prompt in workload.prompts.train}
-    fitting = arms.epoch(1000, 3)
-    for _ in range(2):
-        arms.round(fitting)
-    fitted = CostModel()
-    for name in VALIDATED:
-        fitted.add(arms.jobs[name].pricing.cost)
+    arms.round(arms.epoch(1000, 3))
+    epochs, texts, costs = [], [], []
     measured = dict.fromkeys(VALIDATED, 0.0)
-    predicted = dict.fromkeys(VALIDATED, 0.0)
     for seed in seeds:
         epoch = arms.epoch(seed, 3)
+        before = [arms.jobs[name].pricing.cost.copy() for name in VALIDATED]
         rounds = [arms.round(epoch, first) for first in range(num_rounds)]
-        texts = [as_records(rounds[0]["off"].rollouts[i : i + setting.num_live], 1) for i in _starts(setting)]
+        costs.append([arms.jobs[n].pricing.cost.minus(one) for n, one in zip(VALIDATED, before, strict=True)])
+        epochs.append(epoch)
+        texts.append([as_records(rounds[0]["off"].rollouts[i : i + setting.num_live], 1) for i in _starts(setting)])
         for name in VALIDATED:
             measured[name] += float(np.median([runs[name].makespan_s for runs in rounds]))
+    predicted = dict.fromkeys(VALIDATED, 0.0)
+    for left_out, (epoch, batches) in enumerate(zip(epochs, texts, strict=True)):
+        fitted = CostModel()
+        for model in [one for i, models in enumerate(costs) if i != left_out for one in models]:
+            fitted.add(model)
+        for name in VALIDATED:
             acceptance = arms.jobs[name].acceptance.copy()
-            predicted[name] += sum(
-                one.makespan_s for one in replay_epoch(name, epoch, texts, prompts, fitted.cost, setting, acceptance)
-            )
+            replays = replay_epoch(name, epoch, batches, prompts, fitted.cost, setting, acceptance)
+            predicted[name] += sum(one.makespan_s for one in replays)
     errors = {name: predicted[name] / measured[name] - 1.0 for name in VALIDATED}
     return {
         "predicted_s": predicted,
