@@ -41,7 +41,7 @@ class Pricing:
         self._tables = np.zeros((num_slots, NUM_BINS + 1), np.float32)
         self._initial = np.full(num_slots, UNKNOWN)
         self._uid = np.full(num_slots, -1, np.int64)
-        self._steps = 0
+        self._steps = self._note_at = 0
         self._measured = False
         self._drafted = self._accepted = 0.0
         self._live: LiveBatch | None = None
@@ -74,8 +74,9 @@ class Pricing:
         rows = len(slots)
         self._live = live
         self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
-        if isinstance(budget, PriceBudget) and rows > 1 and not num_queued and self._steps % NOTE_EVERY == 0:
+        if isinstance(budget, PriceBudget) and rows > 1 and not num_queued and self._steps >= self._note_at:
             self.calibration.note(live.uids, self._chances)
+            self._note_at = self._steps + NOTE_EVERY
         if self.guard is None or not (price.max_draft > 0).any():
             self._measured = False
             return price
@@ -111,7 +112,7 @@ class Pricing:
             self.guard.observe(seconds, float(self._chances[plan.draft_rows] @ counts))
         if not len(table.order):
             self.calibration.settle(self._live.uids)
-            self._live = None
+            self._live, self._note_at = None, 0
 
     def metrics(self) -> dict[str, float]:
         """Everything measured so far, under das/."""
