@@ -18,8 +18,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
 
@@ -38,13 +38,13 @@ class PoolTimeout(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it observed
-    of its drafts."""
+    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it
+    observed."""
 
     rollouts: list[Rollout]
     stats: list[EngineStats]
     busy_s: list[float]
-    acceptance: list[AcceptanceModel]
+    observed: list[Observed]
 
 
 def assign_requests(
@@ -177,7 +177,7 @@ class RolloutPool:
             [by_uid[request.uid] for request in requests],
             [result.stats for result in results],
             [result.seconds for result in results],
-            [result.acceptance for result in results],
+            [result.observed for result in results],
         )
 
     def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
@@ -187,13 +187,11 @@ class RolloutPool:
         if set(served) != {version}:
             raise PoolError(f"weights: workers serve versions {served}, expected {version}")
 
-    def publish(
-        self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None, timeout_s: float
-    ) -> None:
+    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
 
-        acceptance: what all workers together have observed of their drafts.
+        learned: what all workers together have observed; with lengths after a resume, None to leave it as it is.
         """
-        shared = ray.put(records)
-        refs = [worker.publish.remote(step, shared, acceptance) for worker in self._workers]
+        shared, observed = ray.put(records), ray.put(learned)
+        refs = [worker.publish.remote(step, shared, observed) for worker in self._workers]
         wait_for(refs, self._names, f"history of step {step}", timeout_s)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import RolloutWorker, WorkerSpec
@@ -22,12 +22,12 @@ from slipstream.rollout.worker import RolloutWorker, WorkerSpec
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Since the last report: the engine's totals, seconds it stepped, seconds that passed, what its drafts came to."""
+    """Since the last report: the engine's totals, seconds it stepped, seconds that passed, what it observed."""
 
     stats: EngineStats
     busy_s: float
     wall_s: float
-    acceptance: AcceptanceModel
+    observed: Observed
 
 
 class StreamingWorker(RolloutWorker):
@@ -56,11 +56,11 @@ class StreamingWorker(RolloutWorker):
         """Replaces the policy between two engine steps; returns the version now served."""
         return self._stepper.update_policy(weights, version, in_flight, timeout_s)
 
-    def publish(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None) -> None:
+    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
         """Step boundary of the learner: the drafter's window rolls, between two engine steps."""
         roll = super().publish
         # The pool's deadline ends the wait; this one only keeps a dead call from living for ever.
-        self._stepper.call(lambda: roll(step, records, acceptance), f"history of step {step}", 600.0)
+        self._stepper.call(lambda: roll(step, records, learned), f"history of step {step}", 600.0)
 
     def report(self, timeout_s: float) -> WorkerReport:
         """Totals since the last report."""
@@ -68,10 +68,8 @@ class StreamingWorker(RolloutWorker):
 
     def _report(self) -> WorkerReport:
         now, busy_s = time.perf_counter(), self._stepper.busy_s
-        observed = self._engine.acceptance.minus(self._acceptance_before)
-        self._acceptance_before = self._engine.acceptance.copy()
         report = WorkerReport(
-            self._engine.stats(reset=True), busy_s - self._reported_busy_s, now - self._reported_at, observed
+            self._engine.stats(reset=True), busy_s - self._reported_busy_s, now - self._reported_at, self.observed()
         )
         self._reported_at, self._reported_busy_s = now, busy_s
         return report

@@ -22,7 +22,7 @@ import numpy as np
 from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.token_log import LogError, LogPosition, TokenLog
-from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.learned import Learned, Observed, observe_records
 from slipstream.trainer.errors import CheckpointError
 
 STATE_FILE, LOG_FOLDER = "job.json", "history"
@@ -34,15 +34,16 @@ _log = logging.getLogger(__name__)
 class JobState:
     """history: the drafter's memory; log: the same on disk, and what fell out of the window since; step: last finished
     training step; predicted_lengths: expected response tokens per prompt_id; wandb_run_id: the run to continue;
-    acceptance: what was observed of the drafts; next_group: the first group of the job that was never started;
-    outstanding_groups: started, but not trained on, dropped or closed: a resumed job starts them again, same uids."""
+    learned: what was measured of drafts, costs and lengths; next_group: the first group of the job that was never
+    started; outstanding_groups: started, but not trained on, dropped or closed: a resumed job starts them again, same
+    uids."""
 
     history: HistoryLog
     log: TokenLog
     step: int = 0
     predicted_lengths: dict[str, float] = field(default_factory=dict)
     wandb_run_id: str | None = None
-    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    learned: Learned = field(default_factory=Learned)
     next_group: int = 0
     outstanding_groups: list[int] = field(default_factory=list)
 
@@ -58,6 +59,8 @@ class JobState:
     def remember(self, records: list[HistoryRecord]) -> None:
         """Takes the rollouts of one step into the window and the log; CheckpointError when they cannot be written."""
         self.history.add(records)
+        if self.learned.lengths is not None:
+            observe_records(self.learned.lengths, records)
         try:
             self.log.append(records)
         except OSError as error:
@@ -69,14 +72,9 @@ class JobState:
             mine = [n for name, n in zip(prompt_ids, lengths, strict=True) if name == prompt_id]
             self.predicted_lengths[prompt_id] = float(max(mine))
 
-    def observe_acceptance(self, observed: list[AcceptanceModel]) -> dict[str, float]:
+    def observe_step(self, observed: list[Observed]) -> dict[str, float]:
         """Adds what the workers observed in a step to what fades; the step's own calibration metrics."""
-        of_step = AcceptanceModel()
-        for model in observed:
-            of_step.add(model)
-        self.acceptance.fade()
-        self.acceptance.add(of_step)
-        return of_step.metrics()
+        return self.learned.observe(observed).metrics()
 
     def save(self, folder: Path) -> None:
         """Brings the log to disk and writes job.json into a checkpoint's folder."""
@@ -86,9 +84,9 @@ class JobState:
             "predicted_lengths": self.predicted_lengths,
             "wandb_run_id": self.wandb_run_id,
             "log_end": self.log.position,
-            "acceptance": self.acceptance.to_arrays(),
             "next_group": self.next_group,
             "outstanding_groups": self.outstanding_groups,
+            "learned": self.learned.to_arrays(),
         }
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -107,9 +105,9 @@ class JobState:
             state = json.loads(path.read_text(encoding="utf-8"))
             segment, offset = state["log_end"]
             end = LogPosition(int(segment), int(offset))
-            acceptance = AcceptanceModel.from_arrays(state["acceptance"])
+            learned = Learned.from_arrays(state["learned"])
             groups = int(state["next_group"]), [int(number) for number in state["outstanding_groups"]]
-            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], acceptance, *groups
+            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], learned, *groups
         except KeyError as error:
             raise CheckpointError(f"{path} cannot be read: it has no {error}") from error
         except (OSError, ValueError, TypeError) as error:

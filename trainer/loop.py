@@ -30,7 +30,7 @@ from slipstream.trainer.errors import SlipstreamError
 from slipstream.trainer.evaluation import Evaluation
 from slipstream.trainer.job_state import JobState
 from slipstream.trainer.progress import format_progress
-from slipstream.trainer.samples import rollout_records, sample_metrics, speculation_metrics
+from slipstream.trainer.samples import pricing_metrics, rollout_records, sample_metrics, speculation_metrics
 from slipstream.trainer.tracking import Tracker
 from slipstream.trainer.watchdog import ANSWER_TIMEOUT_S, Watchdog
 
@@ -123,7 +123,7 @@ class TrainLoop:
             wait_for([self._learner.load.remote(str(resumed_from))], ["the policy learner"], "checkpoint", deadline)
             self._publish_weights()
             records = sorted(self.state.history, key=lambda record: record.step)
-            self._pool.publish(self.state.step, records, self.state.acceptance, deadline)
+            self._pool.publish(self.state.step, records, self.state.learned, deadline)
 
     def close(self) -> None:
         """Tidies up what the workers would leave behind."""
@@ -167,7 +167,8 @@ class TrainLoop:
         collected = self._source.collect(step)
         scored = collected.scored
         metrics = speculation_metrics(scored.rollouts, collected.stats) | collected.metrics
-        metrics |= self.state.observe_acceptance(collected.acceptance)
+        metrics |= self.state.observe_step(collected.observed)
+        metrics |= pricing_metrics([worker.metrics for worker in collected.observed])
         clock = _Clock()
         if step in self._proof_steps:
             metrics |= self._prove(scored.rollouts, collected.gen_s)
@@ -183,7 +184,7 @@ class TrainLoop:
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)
-        self._source.publish_history(step, history, self.state.acceptance)
+        self._source.publish_history(step, history, self.state.learned.without_lengths())
         clock.lap("publish")
         if self.settings.evaluation.every_steps:
             metrics |= self._evaluate(step)

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from slipstream.conf.schema import Settings
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.pool import RolloutPool, wait_for
 from slipstream.rollout.types import Rollout, Sampling
 from slipstream.trainer.data.prompts import PromptOrder, PromptSet
@@ -29,12 +29,12 @@ from slipstream.trainer.watchdog import Watchdog
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The samples of a step. stats, acceptance: one per worker, since the last step; gen_s: what perf/throughput
+    """The samples of a step. stats, observed: one per worker, since the last step; gen_s: what perf/throughput
     divides by; epoch: of the prompts; metrics: the source's own, timings included."""
 
     scored: ScoredStep
     stats: list[EngineStats]
-    acceptance: list[AcceptanceModel]
+    observed: list[Observed]
     gen_s: float
     epoch: int
     metrics: dict[str, float]
@@ -66,7 +66,7 @@ class RolloutSource(Protocol):
     def publish_weights(self, weights: Any, version: int) -> None:
         """Brings weights (a Ray object) to every worker."""
 
-    def publish_history(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel) -> None:
+    def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """Rolls the drafters' windows."""
 
     def evaluate(self, evaluation: Evaluation, step: int) -> dict[str, float]:
@@ -110,7 +110,7 @@ class SyncSource:
             "perf/worker_idle_share": 1.0 - sum(result.busy_s) / (max(result.busy_s) * len(result.busy_s)),
         }
         epoch = context.order.epoch(step)
-        return Collected(scored, result.stats, result.acceptance, generated - started, epoch, metrics)
+        return Collected(scored, result.stats, result.observed, generated - started, epoch, metrics)
 
     def replay(self, rollouts: list[Rollout]) -> list[Rollout]:
         """The same requests once more with drafting off, under the same weights."""
@@ -126,9 +126,9 @@ class SyncSource:
         """All workers serve `version` afterwards."""
         self._pool.update_policy(weights, version, self._cluster.update_timeout_s)
 
-    def publish_history(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel) -> None:
+    def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """All drafters have rolled afterwards."""
-        self._pool.publish(step, records, acceptance, self._cluster.rollout_timeout_s)
+        self._pool.publish(step, records, learned, self._cluster.rollout_timeout_s)
 
     def evaluate(self, evaluation: Evaluation, step: int) -> dict[str, float]:
         """Generates, scores, returns."""

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.learned import Learned
 from slipstream.rollout.pool import PoolTimeout, wait_for
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Rollout
@@ -139,7 +139,7 @@ class StreamingSource:
         }
         self._reward_s = 0.0
         epoch = max(group.number for group in batch.groups) // self._context.order.num_prompts
-        return Collected(scored, [r.stats for r in reports], [r.acceptance for r in reports], gen_s, epoch, metrics)
+        return Collected(scored, [r.stats for r in reports], [r.observed for r in reports], gen_s, epoch, metrics)
 
     def _next_batch(self, step: int) -> Batch[Sample]:
         progressed = time.monotonic()
@@ -181,9 +181,9 @@ class StreamingSource:
             self._buffer.publish()
             self._pump(0.0)
 
-    def publish_history(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel) -> None:
+    def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """Rolls the windows between two engine steps."""
-        self._pool.publish(step, records, acceptance, self._cluster.rollout_timeout_s)
+        self._pool.publish(step, records, learned, self._cluster.rollout_timeout_s)
 
     def evaluate(self, evaluation: Evaluation, step: int) -> dict[str, float]:
         """Queues the evaluation's requests behind those in flight; nobody waits for them."""
