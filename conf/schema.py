@@ -164,11 +164,26 @@ class DrafterConfig(Strict):
 class BudgetConfig(Strict):
     """How many draft tokens each live request gets."""
 
-    name: Literal["off", "fixed", "tail"] = "tail"
+    name: Literal["off", "fixed", "class", "closed_form", "price"] = "price"
     num_draft_tokens: NonNegativeInt = Field(8, description="fixed: draft tokens of every request.")
-    knee_tokens: PositiveFloat = Field(
-        32.0, description="tail: tokens whose cost equals the fixed cost of a pass; about 300 for a 7B on an H100."
+    class_draft_tokens: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)] = Field(
+        [0, 8, 24], description="class: draft tokens of short, medium and long requests."
     )
+    formula: Literal["published", "corrected"] = Field(
+        "corrected", description="closed_form: Eq 7 and 9 of DAS as printed, or with their algebra put right."
+    )
+    knee_tokens: PositiveFloat = Field(
+        32.0,
+        description="Tokens that cost as much as a pass itself, until enough steps are measured; about 300 for a 7B "
+        "on an H100.",
+    )
+    draft_widths: list[PositiveInt] = Field(
+        default_factory=list, description="Draft widths that the engine can run, besides 0; empty: any."
+    )
+    forward_buckets: list[PositiveInt] = Field(
+        default_factory=list, description="Sizes that the engine rounds the tokens of a pass up to; empty: none."
+    )
+    guard: bool = Field(True, description="Measure the gain with some steps held out; drafting that loses stops.")
 
 
 class ClusterConfig(Strict):

@@ -127,7 +127,8 @@ class HistoryRecord:
 
     prompt_id: stable name of the prompt; step: the training step that sampled it; uid: the request's; tokens: [n]
     int32 response; reward: its score, NaN where it has none; version: of the policy that sampled the last token, -1
-    where it is not known.
+    where it is not known; censored: the length limit cut it (the token log does not keep this: lengths are learned
+    when a rollout finishes).
     """
 
     prompt_id: str
@@ -136,6 +137,7 @@ class HistoryRecord:
     tokens: np.ndarray = field(repr=False)
     reward: float = float("nan")
     version: int = -1
+    censored: bool = False
 
 
 @runtime_checkable

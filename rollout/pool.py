@@ -19,7 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.learned import Learned
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
 
@@ -36,13 +38,15 @@ class PoolTimeout(PoolError):
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it observed
-    of its drafts."""
+    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds, what it observed of
+    its drafts and of its steps' cost, and the pricing's metrics."""
 
     rollouts: list[Rollout]
     stats: list[EngineStats]
     busy_s: list[float]
     acceptance: list[AcceptanceModel]
+    cost: list[CostModel]
+    metrics: list[dict[str, float]]
 
 
 def assign_requests(
@@ -148,6 +152,8 @@ class RolloutPool:
             [result.stats for result in results],
             [result.seconds for result in results],
             [result.acceptance for result in results],
+            [result.cost for result in results],
+            [result.metrics for result in results],
         )
 
     def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
@@ -157,13 +163,11 @@ class RolloutPool:
         if set(served) != {version}:
             raise PoolError(f"weights: workers serve versions {served}, expected {version}")
 
-    def publish(
-        self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None, timeout_s: float
-    ) -> None:
+    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
 
-        acceptance: what all workers together have observed of their drafts.
+        learned: what all workers together have observed; with lengths after a resume, None to leave it as it is.
         """
-        shared = ray.put(records)
-        refs = [worker.publish.remote(step, shared, acceptance) for worker in self._workers]
+        shared, observed = ray.put(records), ray.put(learned)
+        refs = [worker.publish.remote(step, shared, observed) for worker in self._workers]
         wait_for(refs, self._names, f"history of step {step}", timeout_s)

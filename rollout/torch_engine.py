@@ -30,6 +30,7 @@ from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
 from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
 from slipstream.rollout.runner_choice import RunnerOptions, make_runner
+from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.types import FinishReason, Request, Rollout
 from slipstream.rollout.weights import WeightTable
@@ -44,6 +45,7 @@ class TorchEngine:
     max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
     context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
     drafter, budget: both or neither. cuda_graphs, compile, batch_invariant: see runner_choice.make_runner.
+    drafter, budget: both or neither. pricing: what the budget is shown, and what watches it.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TorchEngine:
         compile: bool = False,
         batch_invariant: bool = False,
         policy_version: int = 0,
+        pricing: Pricing | None = None,
     ) -> None:
         config = model.config.get_text_config()
         context = int(config.max_position_embeddings)
@@ -83,6 +86,7 @@ class TorchEngine:
         self.max_forward_tokens, self.max_draft_tokens = max_forward_tokens, max_draft_tokens
         self.drafter, self.budget = drafter, budget
         self.policy_version = policy_version
+        self.pricing = Pricing(max_live_requests) if pricing is None else pricing
         # One slot more than requests: the padding tokens of a pass live there.
         self.cache = SlotKVCache(config.num_hidden_layers, max_live_requests + 1, self.max_len, self.kernels)
         self.table = SlotTable(max_live_requests, self.max_len)
@@ -185,7 +189,9 @@ class TorchEngine:
         extend_s = time.perf_counter() - extended_from
         done = refused + self._retire(plan, finished)
         draft_s = drafted_at - drafting_from + extend_s
-        self._account(plan, draft_s, result.forward_s, result.sample_s, time.perf_counter() - started)
+        total_s = time.perf_counter() - started
+        self._account(plan, draft_s, result.forward_s, result.sample_s, total_s)
+        self.pricing.account(self.budget, self.table, plan, verified.count, total_s)
         return done
 
     def _propose(self) -> Price | None:
@@ -194,7 +200,7 @@ class TorchEngine:
         if self.drafter is None or self.budget is None:
             return None
         live = self.table.live_batch(slots)
-        price = self.budget.price(live)
+        price = self.pricing.price(self.budget, live, self.table, len(self._queue), self.acceptance)
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
         np.clip(limit, 0, self.max_draft_tokens, out=limit)

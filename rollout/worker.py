@@ -20,9 +20,15 @@ from slipstream.drafter.ngram import NgramDrafter
 from slipstream.drafter.shared_folder import SharedFolder, make_folder
 from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.rollout.acceptance import AcceptanceModel
-from slipstream.rollout.budget import BudgetPolicy, FixedBudget, OffBudget, TailBudget
+from slipstream.rollout.budget import BudgetPolicy, FixedBudget, OffBudget, PriceBudget
+from slipstream.rollout.class_budget import ClassBudget
+from slipstream.rollout.closed_form import ClosedFormBudget
+from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.guard import Guard
+from slipstream.rollout.learned import Learned, observe_records
 from slipstream.rollout.model_loader import default_device, load_policy
+from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout
 
@@ -49,19 +55,21 @@ class WorkerSpec:
     drafter_args: Mapping[str, Any]
     max_draft_tokens: int
     budget: str
-    num_draft_tokens: int
-    knee_tokens: float
+    budget_args: Mapping[str, Any]
     engine_extra_args: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """What one call of `generate` did. seconds: the worker's wall time; acceptance: what it observed of its drafts."""
+    """What one call of `generate` did. seconds: the worker's wall time; acceptance, cost: what it observed of its
+    drafts and steps; metrics: of its pricing."""
 
     rollouts: list[Rollout]
     stats: EngineStats
     seconds: float
     acceptance: AcceptanceModel
+    cost: CostModel
+    metrics: dict[str, float]
 
 
 def make_drafter(spec: WorkerSpec) -> Drafter | None:
@@ -75,9 +83,23 @@ def make_budget(spec: WorkerSpec) -> BudgetPolicy | None:
     """The budget policy named by the spec; None without a drafter."""
     if spec.drafter == "off":
         return None
+    args, widths = spec.budget_args, spec.budget_args["draft_widths"]
     if spec.budget == "fixed":
-        return FixedBudget(spec.num_draft_tokens)
-    return TailBudget(spec.knee_tokens, spec.max_draft_tokens) if spec.budget == "tail" else OffBudget()
+        return FixedBudget(args["num_draft_tokens"])
+    if spec.budget == "class":
+        return ClassBudget(args["class_draft_tokens"], widths)
+    if spec.budget == "closed_form":
+        return ClosedFormBudget(spec.max_draft_tokens, args["formula"], widths)
+    if spec.budget == "price":
+        return PriceBudget(spec.max_draft_tokens, spec.drafter != "ngram", widths)
+    return OffBudget()
+
+
+def make_pricing(spec: WorkerSpec) -> Pricing:
+    """What the budget is shown, with nothing observed yet."""
+    args = spec.budget_args
+    cost = CostModel(args["knee_tokens"], args["forward_buckets"])
+    return Pricing(spec.max_live_requests, cost, guard=Guard() if args["guard"] else None)
 
 
 class RolloutWorker:
@@ -100,10 +122,12 @@ class RolloutWorker:
             cuda_graphs=spec.cuda_graphs,
             compile=spec.compile,
             batch_invariant=spec.batch_invariant,
+            pricing=make_pricing(spec),
             **spec.engine_extra_args,
         )
         self._folder: Path | None = None
         self._acceptance_before = self._engine.acceptance.copy()
+        self._cost_before = self._engine.pricing.cost.copy()
 
     def ready(self) -> dict[str, Any]:
         """Answers once the model is loaded: which kernels, why, how steps run, device and context length."""
@@ -127,22 +151,33 @@ class RolloutWorker:
         seconds = time.perf_counter() - started
         observed = engine.acceptance.minus(self._acceptance_before)
         self._acceptance_before = engine.acceptance.copy()
-        return GenerateResult(rollouts, engine.stats(reset=True), seconds, observed)
+        pricing = engine.pricing
+        cost, self._cost_before = pricing.cost.minus(self._cost_before), pricing.cost.copy()
+        return GenerateResult(rollouts, engine.stats(reset=True), seconds, observed, cost, pricing.metrics())
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """Replaces the policy in place; returns the version now served."""
         self._engine.update_policy(weights, version)
         return self._engine.policy_version
 
-    def publish(self, step: int, records: list[HistoryRecord], acceptance: AcceptanceModel | None) -> None:
-        """Step boundary: the drafter's window rolls. acceptance: what all workers together observed so far."""
+    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
+        """Step boundary: the drafter's window rolls. learned: what all workers together observed so far; its lengths,
+        where it has any, hold those of the records already."""
         if self._drafter is None:
             return
         self._drafter.publish(step, records)
-        if acceptance is not None:
+        pricing = self._engine.pricing
+        if learned is not None:
             # What comes out of the object store is read-only.
-            self._engine.learn_acceptance(acceptance.copy())
-            self._acceptance_before = acceptance
+            self._engine.learn_acceptance(learned.acceptance.copy())
+            self._acceptance_before = learned.acceptance
+            pricing.cost.replace(learned.cost)
+            self._cost_before = pricing.cost.copy()
+        lengths = learned.lengths if learned is not None else None
+        if lengths is None:
+            lengths = pricing.lengths
+            observe_records(lengths, records)
+        pricing.learn_lengths(lengths)
 
     def node_id(self) -> str:
         """The Ray node that this actor runs on."""

@@ -121,8 +121,7 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
         },
         max_draft_tokens=drafter.max_draft_tokens,
         budget=budget.name,
-        num_draft_tokens=budget.num_draft_tokens,
-        knee_tokens=budget.knee_tokens,
+        budget_args=budget.model_dump(exclude={"name"}),
         engine_extra_args=engine.extra_args,
     )
 

@@ -23,6 +23,8 @@ from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.token_log import LogError, LogPosition, TokenLog
 from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.cost_model import CostModel
+from slipstream.rollout.learned import Learned, observe_records
 from slipstream.trainer.errors import CheckpointError
 
 STATE_FILE, LOG_FOLDER = "job.json", "history"
@@ -34,14 +36,14 @@ _log = logging.getLogger(__name__)
 class JobState:
     """history: the drafter's memory; log: the same on disk, and what fell out of the window since; step: last finished
     training step; predicted_lengths: expected response tokens per prompt_id; wandb_run_id: the run to continue;
-    acceptance: what was observed of the drafts."""
+    learned: what was measured of drafts, costs and lengths."""
 
     history: HistoryLog
     log: TokenLog
     step: int = 0
     predicted_lengths: dict[str, float] = field(default_factory=dict)
     wandb_run_id: str | None = None
-    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    learned: Learned = field(default_factory=Learned)
 
     @classmethod
     def start(cls, run_dir: Path, window_epochs: int) -> JobState:
@@ -55,6 +57,8 @@ class JobState:
     def remember(self, records: list[HistoryRecord]) -> None:
         """Takes the rollouts of one step into the window and the log; CheckpointError when they cannot be written."""
         self.history.add(records)
+        if self.learned.lengths is not None:
+            observe_records(self.learned.lengths, records)
         try:
             self.log.append(records)
         except OSError as error:
@@ -66,14 +70,9 @@ class JobState:
             mine = [n for name, n in zip(prompt_ids, lengths, strict=True) if name == prompt_id]
             self.predicted_lengths[prompt_id] = float(max(mine))
 
-    def observe_acceptance(self, observed: list[AcceptanceModel]) -> dict[str, float]:
+    def observe_step(self, acceptance: list[AcceptanceModel], cost: list[CostModel]) -> dict[str, float]:
         """Adds what the workers observed in a step to what fades; the step's own calibration metrics."""
-        of_step = AcceptanceModel()
-        for model in observed:
-            of_step.add(model)
-        self.acceptance.fade()
-        self.acceptance.add(of_step)
-        return of_step.metrics()
+        return self.learned.observe(acceptance, cost).metrics()
 
     def save(self, folder: Path) -> None:
         """Brings the log to disk and writes job.json into a checkpoint's folder."""
@@ -83,7 +82,7 @@ class JobState:
             "predicted_lengths": self.predicted_lengths,
             "wandb_run_id": self.wandb_run_id,
             "log_end": self.log.position,
-            "acceptance": self.acceptance.to_arrays(),
+            "learned": self.learned.to_arrays(),
         }
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -102,8 +101,8 @@ class JobState:
             state = json.loads(path.read_text(encoding="utf-8"))
             segment, offset = state["log_end"]
             end = LogPosition(int(segment), int(offset))
-            acceptance = AcceptanceModel.from_arrays(state["acceptance"])
-            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], acceptance
+            learned = Learned.from_arrays(state["learned"])
+            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], learned
         except KeyError as error:
             raise CheckpointError(f"{path} cannot be read: it has no {error}") from error
         except (OSError, ValueError, TypeError) as error:

@@ -34,6 +34,7 @@ from slipstream.trainer.progress import format_progress, format_summary
 from slipstream.trainer.report import write_report
 from slipstream.trainer.samples import (
     make_requests,
+    pricing_metrics,
     rollout_records,
     sample_metrics,
     score_step,
@@ -187,7 +188,7 @@ class TrainLoop:
             self._ask(self._learner.load.remote(str(resumed_from)), "checkpoint", deadline)
             self._publish_weights()
             records = sorted(self.state.history, key=lambda record: record.step)
-            self._pool.publish(self.state.step, records, self.state.acceptance, deadline)
+            self._pool.publish(self.state.step, records, self.state.learned, deadline)
 
     def close(self) -> None:
         """Tidies up what the workers would leave behind."""
@@ -230,7 +231,8 @@ class TrainLoop:
         result = self._pool.generate(requests, self.state.predicted_lengths, timeout_s)
         clock.lap("gen")
         metrics = speculation_metrics(result.rollouts, result.stats)
-        metrics |= self.state.observe_acceptance(result.acceptance)
+        metrics |= self.state.observe_step(result.acceptance, result.cost)
+        metrics |= pricing_metrics(result.metrics)
         if step in self._proof_steps:
             metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
             clock.lap("proof")
@@ -246,7 +248,7 @@ class TrainLoop:
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)
-        self._pool.publish(step, history, self.state.acceptance, timeout_s)
+        self._pool.publish(step, history, self.state.learned.without_lengths(), timeout_s)
         clock.lap("publish")
         self._observe_lengths(result.rollouts)
         self.tracker.log_rollouts(rollout_records(scored, step, settings.sampling.num_samples_per_prompt))

@@ -216,7 +216,11 @@ def _speculation_lines(settings: Settings) -> list[str]:
     shares = {
         "off": "off: nothing is drafted",
         "fixed": f"fixed, {budget.num_draft_tokens} tokens for every request",
-        "tail": f"tail, priced at {budget.knee_tokens:g} tokens per pass",
+        "class": "class: {} tokens for short, {} for medium and {} for long requests".format(
+            *budget.class_draft_tokens
+        ),
+        "closed_form": f"closed_form, {budget.formula}: {budget.knee_tokens:g} tokens cost a pass until it is measured",
+        "price": f"price: {budget.knee_tokens:g} tokens cost as much as a pass until it is measured",
     }
     named = ", ".join(str(step) for step in steps[:6]) + (", ..." if len(steps) > 6 else "")
     proof = f"{len(steps)} steps replayed with drafting off: {named}" if steps else "no replays"

@@ -74,4 +74,14 @@ def _speculation(settings: Settings) -> list[str]:
             f"budget.num_draft_tokens={budget.num_draft_tokens} is above drafter.max_draft_tokens="
             f"{drafter.max_draft_tokens}, which limits it"
         )
+    if drafting and budget.name == "class" and max(budget.class_draft_tokens) > drafter.max_draft_tokens:
+        warnings.append(
+            f"budget.class_draft_tokens={budget.class_draft_tokens} goes above drafter.max_draft_tokens="
+            f"{drafter.max_draft_tokens}, which limits it"
+        )
+    if drafting and budget.draft_widths and min(budget.draft_widths) > drafter.max_draft_tokens:
+        warnings.append(
+            f"budget.draft_widths={budget.draft_widths} holds nothing up to drafter.max_draft_tokens="
+            f"{drafter.max_draft_tokens}: nothing is drafted"
+        )
     return warnings

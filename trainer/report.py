@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from slipstream.trainer.progress import (
     proof_records,
     proof_totals,
 )
+from slipstream.trainer.timeline_plots import line_of_counts, timeline_figure
 from slipstream.trainer.tracking import METRICS_FILE, ROLLOUTS_FILE, read_jsonl, scan_jsonl
 
 REPORT_FILE = "report.html"
@@ -43,7 +44,7 @@ class RunData:
     """What a run folder holds.
 
     records: of metrics.jsonl; lengths: [rollouts, 2] int64 of (step, response tokens); settings: {} without a
-    file.
+    file; last_step: (response tokens, accepted draft tokens by source) of every rollout of the last step.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RunData:
     lengths: np.ndarray
     settings: dict[str, Any]
     num_bad_lines: int
+    last_step: list[tuple[int, dict[str, int]]] = field(default_factory=list)
 
     @property
     def drafting(self) -> bool:
@@ -95,9 +97,12 @@ def read_run(run_dir: Path) -> RunData:
     if not records:
         raise SlipstreamError(f"{run_dir / METRICS_FILE} holds no finished step; is {run_dir} a run folder?")
     rollouts, num_torn = scan_jsonl(
-        run_dir / ROLLOUTS_FILE, lambda record: (record.get("step"), record.get("num_tokens"))
+        run_dir / ROLLOUTS_FILE, lambda record: (record.get("step"), record.get("num_tokens"), record.get("spec"))
     )
-    pairs = [pair for pair in rollouts if all(isinstance(number, int) for number in pair)]
+    known = [row for row in rollouts if all(isinstance(number, int) for number in row[:2])]
+    pairs = [row[:2] for row in known]
+    last = max((step for step, _ in pairs), default=0)
+    specs = [(tokens, spec) for step, tokens, spec in known if step == last and isinstance(spec, dict)]
     try:
         settings = json.loads((run_dir / SETTINGS_FILE).read_bytes())
     except (OSError, ValueError):
@@ -108,12 +113,13 @@ def read_run(run_dir: Path) -> RunData:
         lengths=np.asarray(pairs, np.int64).reshape(-1, 2),
         settings=settings if isinstance(settings, dict) else {},
         num_bad_lines=num_bad + num_torn + len(rollouts) - len(pairs),
+        last_step=[(tokens, dict(spec.get("by_source") or {})) for tokens, spec in specs],
     )
 
 
 def pictures(data: RunData) -> list[Picture]:
     """The pictures in the order of the page; their texts are the alternative texts too."""
-    return [_reward(data), _rollout_time(data), _lengths(data), _accepted(data), _reliability(data)]
+    return [_reward(data), _rollout_time(data), _lengths(data), _accepted(data), _reliability(data), _sources(data)]
 
 
 def key_figures(data: RunData) -> list[tuple[str, str]]:
@@ -237,6 +243,20 @@ def _reliability(data: RunData) -> Picture:
         f"estimates and outcomes differ by {error:.3f} on average."
     )
     return Picture(title, text, plots.reliability_figure(points))
+
+
+def _sources(data: RunData) -> Picture:
+    title = "Where the tokens of the last step came from"
+    lines = [line_of_counts(tokens, by_source) for tokens, by_source in data.last_step if tokens > 0]
+    if not data.drafting or not lines:
+        return Picture(title, "The last step has no rollouts with drafts.", None)
+    total = sum(tokens for tokens, _ in data.last_step)
+    accepted = sum(sum(by_source.values()) for _, by_source in data.last_step)
+    text = (
+        f"A line per rollout of the last step, as long as its response: {accepted / total:.0%} of the {total:,} tokens "
+        "were accepted drafts, coloured by source; the curve counts the rollouts that are at least as long."
+    )
+    return Picture(title, text, timeline_figure(lines, "response tokens"))
 
 
 def _first_and_last_epoch(data: RunData) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ with its reason and left out of the loss, and the job goes on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.data.prompts import Prompt
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import ChatTokenizer
+
+COUNTS = {"das/guard_switched_off", "das/guard_retries", "das/guard_held_out_steps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class ScoredStep:
                 r.tokens,
                 reward=float(reward),
                 version=int(r.policy_versions[-1]) if len(r.policy_versions) else -1,
+                censored=r.finish == "length",
             )
             for r, reward in zip(self.rollouts, self.rewards, strict=True)
             if r.finish in ("stop", "length")
@@ -143,6 +146,15 @@ def speculation_metrics(rollouts: Sequence[Rollout], stats: Sequence[EngineStats
     total = sum(s.total_s for s in stats) or 1.0
     for part in ("forward_s", "sample_s", "draft_s", "other_s"):
         out[f"das/engine_share_{part[:-2]}"] = sum(getattr(s, part) for s in stats) / total
+    return out
+
+
+def pricing_metrics(of_workers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the workers measured of lengths, costs and gains: counts are added, all else is their mean."""
+    out: dict[str, float] = {}
+    for name in sorted({name for metrics in of_workers for name in metrics}):
+        values = [metrics[name] for metrics in of_workers if name in metrics]
+        out[name] = float(np.sum(values) if name in COUNTS else np.mean(values))
     return out
 
 

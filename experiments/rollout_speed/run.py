@@ -25,7 +25,7 @@ from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.experiments.rollout_speed.peers import NUM_LOOKUP_TOKENS, batched_generate, first_layers, one_by_one
 from slipstream.experiments.workload import Workload, quickstart_workload
 from slipstream.rollout.acceptance import AcceptanceModel
-from slipstream.rollout.budget import TailBudget
+from slipstream.rollout.budget import PriceBudget
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default 0: all cores)")
     parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms that take one at a time")
-    parser.add_argument("--knee", type=float, default=32.0, help="tokens that cost as much as a pass (default 32)")
 
 
 @dataclass(slots=True)
@@ -70,7 +69,7 @@ class Arms:
         for step in sorted({record.step for record in history}):
             drafter.publish(step, [record for record in history if record.step == step])
         drafter.wait()
-        engine.drafter, engine.budget = drafter, TailBudget(self.args.knee, 32)
+        engine.drafter, engine.budget = drafter, PriceBudget(32)
         engine.learn_acceptance(AcceptanceModel())
 
     def model(self) -> PreTrainedModel:

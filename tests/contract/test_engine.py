@@ -11,7 +11,7 @@ import torch
 from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price, Ragged
 from slipstream.drafter.ngram import NgramDrafter
 from slipstream.drafter.suffix import SuffixDrafter
-from slipstream.rollout.budget import FixedBudget, TailBudget
+from slipstream.rollout.budget import FixedBudget, PriceBudget
 from slipstream.rollout.engine import Engine, EngineError
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
@@ -117,7 +117,7 @@ def test_identity_over_sampling_modes(temperature: float, top_p: float, top_k: i
         tiny_model("qwen3"),
         max_len=160,
         drafter=warm_suffix(expected),
-        budget=TailBudget(96, 16),
+        budget=PriceBudget(16),
         max_live_requests=7,
     )
     assert assert_same(run(engine, requests), expected) >= 2000 or temperature == 0.0

@@ -83,7 +83,7 @@ def test_the_short_quickstart_shows_what_it_promises(tmp_path: Path) -> None:
     assert sum(record["das/accepted_history"] for record in metrics) > 0
     assert all(record["training/rollout_logprobs_diff_mean"] < 1e-4 for record in metrics)
     page = (run_dir / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 5
+    assert page.count("data:image/png;base64") == 6
     assert (run_dir / "checkpoints").is_dir()
     assert list(run_dir.glob("wandb/offline-run-*")), "W&B is offline by default"
 

@@ -1,4 +1,4 @@
-"""Dealing groups to workers, and budgets: pure functions."""
+"""Dealing groups to workers: a pure function."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.drafter.base import LiveBatch
-from slipstream.rollout.budget import FixedBudget, OffBudget, TailBudget
 from slipstream.rollout.pool import assign_requests
 from slipstream.rollout.types import Request, Sampling, request_uid
 
@@ -52,20 +50,3 @@ def test_the_longest_go_first_and_to_different_workers() -> None:
     dealt = assign_requests(requests(4, 2), predicted, 2, "group")
     assert [share[0].prompt_id for share in dealt] == ["p1", "p2"]
     assert {r.prompt_id for r in dealt[1]} == {"p2", "p3"}
-
-
-def live(rows: int) -> LiveBatch:
-    ones = np.ones(rows, np.int32)
-    return LiveBatch(np.arange(rows), ones, ones, ones)
-
-
-def test_budgets() -> None:
-    for rows in (0, 1, 7):
-        assert OffBudget().price(live(rows)).max_draft.tolist() == [0] * rows
-        assert FixedBudget(5).price(live(rows)).max_draft.tolist() == [5] * rows
-    tail = TailBudget(knee_tokens=30.0, max_draft_tokens=16)
-    thresholds = [float(tail.price(live(rows)).min_accept_prob[0]) for rows in (1, 10, 30, 300)]
-    assert thresholds == sorted(thresholds)
-    np.testing.assert_allclose(thresholds, [1 / 31, 0.25, 0.5, 10 / 11], rtol=1e-5)
-    assert tail.price(live(3)).max_draft.tolist() == [16] * 3
-    assert len(tail.price(live(0)).min_accept_prob) == 0

@@ -39,6 +39,10 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
+def spec(sample: int) -> dict[str, Any]:
+    return {"by_source": {"history": 2 * sample} if sample else {}}
+
+
 def make_run(
     run_dir: Path,
     num_steps: int,
@@ -76,7 +80,8 @@ def make_run(
             }
         metrics.append(json.dumps(record))
         rollouts.extend(
-            json.dumps({"step": step, "num_tokens": 10 * step + sample, "tokens": [1]}) for sample in range(4)
+            json.dumps({"step": step, "num_tokens": 10 * step + sample, "tokens": [1], "spec": spec(sample)})
+            for sample in range(4)
         )
     (run_dir / "metrics.jsonl").write_text("\n".join(metrics) + '\n{"step": 99, "crit')
     (run_dir / "rollouts.jsonl").write_text("\n".join(rollouts) + "\n")
@@ -88,7 +93,7 @@ def test_the_page_is_one_self_contained_file_with_its_pictures(tmp_path: Path) -
     assert path == tmp_path / "run" / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     images = page.all("img")
-    assert len(images) == 5
+    assert len(images) == 6
     for image in images:
         source = image["src"] or ""
         assert source.startswith("data:image/png;base64,")
@@ -126,7 +131,9 @@ def test_key_figures_are_the_records_numbers(tmp_path: Path) -> None:
 
 
 def test_the_pictures_hold_the_data(tmp_path: Path) -> None:
-    reward, times, lengths, accepted, reliability = pictures(read_run(make_run(tmp_path, 10, proof_steps=(5, 10))))
+    reward, times, lengths, accepted, reliability, sources = pictures(
+        read_run(make_run(tmp_path, 10, proof_steps=(5, 10)))
+    )
     assert reward.figure is not None
     dots, average = reward.figure.axes[0].lines
     np.testing.assert_allclose(dots.get_ydata(), np.arange(1, 11) / 10)
@@ -146,12 +153,19 @@ def test_the_pictures_hold_the_data(tmp_path: Path) -> None:
     np.testing.assert_allclose(reliability.figure.axes[0].lines[1].get_xydata(), [[0.15, 0.2], [0.85, 0.55]])
     assert "1,000 draft tokens" in reliability.text
     assert "0.225 on average" in reliability.text
+    assert sources.figure is not None
+    live, rows = sources.figure.axes
+    ends = sorted(path.vertices[-1][0] for path in rows.collections[0].get_paths())
+    last = read_run(tmp_path).last_step
+    assert ends[-1] == max(tokens for tokens, _ in last)
+    assert live.lines[0].get_ydata()[0] == len(last)
+    assert [text.get_text() for text in live.get_legend().get_texts()] == ["no draft accepted", "from history"]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_short_jobs(tmp_path: Path, num_steps: int) -> None:
     page = Page(write_report(make_run(tmp_path, num_steps, num_epochs=1)).read_text(encoding="utf-8"))
-    assert len(page.all("img")) == 5
+    assert len(page.all("img")) == 6
     assert "all rollouts: median" in page.text
     assert "No step was replayed without speculation." in page.text
 

@@ -1,0 +1,1 @@
+"""Compares budget policies where the slowest rollout decides; see README.md."""

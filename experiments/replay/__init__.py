@@ -1,0 +1,1 @@
+"""Predicts rollout times from traces and a cost model; see README.md."""

@@ -1,0 +1,120 @@
+"""What an engine knows about lengths, costs and gains, and how a step's price comes of it.
+
+Invariants: the engine calls `price` before it drafts and `account` after every step, and nothing else; nothing here
+changes a token; per step the work is on arrays, per request only when it joins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slipstream.drafter.base import LiveBatch, Price
+from slipstream.rollout.acceptance import AcceptanceModel
+from slipstream.rollout.budget import BudgetPolicy, PriceBudget
+from slipstream.rollout.cost_model import CostModel
+from slipstream.rollout.finish_last import LastCalibration
+from slipstream.rollout.guard import Guard
+from slipstream.rollout.lengths import NUM_BINS, UNKNOWN, LengthModel, LiveLengths
+from slipstream.rollout.packing import StepPlan
+from slipstream.rollout.slots import SlotTable
+
+NOTE_EVERY = 32
+"""Steps between two estimates of P(last) that are kept for comparison with who was last."""
+PRIOR_ROUNDS = 8.0
+FADE_PER_STEP = 0.98
+"""Of the tokens drafted and accepted per round over all requests, which a new request is taken to have."""
+
+
+class Pricing:
+    """cost: fitted to every step; lengths: learned from finished rollouts at each step boundary; guard: or None."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        cost: CostModel | None = None,
+        lengths: LengthModel | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        self.cost = CostModel() if cost is None else cost
+        self.guard = guard
+        self.calibration = LastCalibration()
+        self._tables = np.zeros((num_slots, NUM_BINS + 1), np.float32)
+        self._initial = np.full(num_slots, UNKNOWN)
+        self._uid = np.full(num_slots, -1, np.int64)
+        self._steps = self._note_at = 0
+        self._measured = False
+        self._drafted = self._accepted = 0.0
+        self._live: LiveBatch | None = None
+        self._chances = np.zeros(0)
+        self.learn_lengths(LengthModel() if lengths is None else lengths)
+
+    def learn_lengths(self, lengths: LengthModel) -> None:
+        """Takes another model, or the same after it has observed."""
+        self.lengths = lengths
+        self._uid[:] = -1
+
+    def price(
+        self, budget: BudgetPolicy, live: LiveBatch, table: SlotTable, num_queued: int, acceptance: AcceptanceModel
+    ) -> Price:
+        """The budget's price for the slots of table.order, or zero where the guard forbids.
+
+        The budget asks for probabilities; `acceptance` tells which of the drafter's estimates come to that.
+        """
+        slots = table.order
+        self._join(slots, live.uids, table)
+        rounds = table.rounds[slots] + PRIOR_ROUNDS
+        accepted = table.accepted[slots].sum(axis=1)
+        speed = 1.0 + (accepted + PRIOR_ROUNDS * self._accepted) / rounds
+        width = (table.drafted[slots] + PRIOR_ROUNDS * self._drafted) / rounds
+        queued = float(num_queued)
+        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, queued, width=width)
+        asked = budget.price(live, self.cost, view)
+        least = acceptance.estimates_for(asked.min_accept_prob).astype(np.float32)
+        price = Price(asked.max_draft, least, asked.branching)
+        rows = len(slots)
+        self._live = live
+        self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
+        if isinstance(budget, PriceBudget) and rows > 1 and not num_queued and self._steps >= self._note_at:
+            self.calibration.note(live.uids, self._chances)
+            self._note_at = self._steps + NOTE_EVERY
+        if self.guard is None or not (price.max_draft > 0).any():
+            self._measured = False
+            return price
+        # The guard leaves steps with prompt tokens alone: they would be noise.
+        self._measured = not (table.length[slots] - table.cached[slots] > 1).any()
+        if self.guard.allows() if self._measured else self.guard.speculating:
+            return price
+        return Price(np.zeros_like(price.max_draft), price.min_accept_prob)
+
+    def _join(self, slots: np.ndarray, uids: np.ndarray, table: SlotTable) -> None:
+        for i in np.flatnonzero(self._uid[slots] != uids):
+            request = table.requests[slots[i]]
+            if request is not None:
+                self._tables[slots[i]] = self.lengths.table(request.prompt_id)
+                self._initial[slots[i]] = self.lengths.initial_class(request.prompt_id)
+                self._uid[slots[i]] = uids[i]
+
+    def account(
+        self, budget: BudgetPolicy | None, table: SlotTable, plan: StepPlan, counts: np.ndarray, seconds: float
+    ) -> None:
+        """A step is done and its finished requests have left. counts: [R'] tokens gained by plan.sampling_slots."""
+        self._steps += 1
+        # A slot keeps its numbers until it is taken again.
+        self.cost.observe(len(plan.live_slots), int(table.cached[plan.live_slots].sum()), len(plan.token_ids), seconds)
+        if budget is None or self._live is None:
+            return
+        accepted = np.maximum(counts - 1, 0)
+        budget.observe(plan.draft_counts, accepted)
+        if len(counts):
+            self._drafted += (1.0 - FADE_PER_STEP) * (float(plan.draft_counts.mean()) - self._drafted)
+            self._accepted += (1.0 - FADE_PER_STEP) * (float(accepted.mean()) - self._accepted)
+        if self._measured and self.guard is not None:
+            self.guard.observe(seconds, float(self._chances[plan.draft_rows] @ counts))
+        if not len(table.order):
+            self.calibration.settle(self._live.uids)
+            self._live, self._note_at = None, 0
+
+    def metrics(self) -> dict[str, float]:
+        """Everything measured so far, under das/."""
+        guard = {} if self.guard is None else self.guard.metrics()
+        return self.cost.metrics() | self.calibration.metrics() | guard
