@@ -65,4 +65,4 @@ def bytes_read(model: PreTrainedModel) -> int:
     total = sum(tensor.nbytes for tensor in model.parameters())
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    return total if tied else total - int(table.weight.nbytes)  # type: ignore[operator, arg-type]
+    return total if tied else total - int(table.weight.nbytes)  # type: ignore[arg-type]
