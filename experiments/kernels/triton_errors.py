@@ -12,7 +12,7 @@ import torch
 
 from slipstream.experiments.kernels.cases import TOY, device_step, random_logits, sampling_rows
 from slipstream.kernels import reference
-from slipstream.kernels.linear import linear, linear_reference, rms_norm, rms_norm_reference
+from slipstream.kernels.linear import linear, rms_norm
 from slipstream.kernels.steer import steer, steer_reference
 from slipstream.kernels.token_logprob import token_logprob, token_logprob_reference
 from slipstream.rollout.static_step import SplitPolicy
@@ -95,9 +95,9 @@ def _steer_error(device: torch.device) -> float:
 
 def _linear_error(device: torch.device) -> float:
     x, weight = torch.randn(9, 160, device=device).to(BF16), torch.randn(48, 160, device=device).to(BF16)
-    return _largest(linear(x, weight, backend="triton"), linear_reference(x, weight))
+    return _largest(linear(x, weight, backend="triton"), reference.linear(x, weight))
 
 
 def _norm_error(device: torch.device) -> float:
     x, weight = torch.randn(9, 160, device=device).to(BF16), torch.randn(160, device=device).to(BF16)
-    return _largest(rms_norm(x, weight, 1e-6, backend="triton"), rms_norm_reference(x, weight, 1e-6))
+    return _largest(rms_norm(x, weight, 1e-6, backend="triton"), reference.rms_norm(x, weight, 1e-6))
