@@ -46,6 +46,7 @@ def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, default=2048, help="context when decoding is timed (default 2048)")
     group.add_argument("--decode-steps", type=int, default=128, help="decode steps timed (default 128)")
     group.add_argument("--temperature", type=float, default=0.05, help="of the tail: random weights give flat logits")
+    group.add_argument("--compile", action="store_true", help="engine.compile=true in every arm")
     group.add_argument("--gpu-knee", type=float, default=256.0, help="tokens that cost as much as a pass (default 256)")
 
 
@@ -99,7 +100,11 @@ def decode_floor(bench: Bench, model: PreTrainedModel, batch: int, bytes_per_s: 
     args, prompt_tokens = bench.args, max(bench.args.context - bench.args.decode_steps // 2 - SETTLE, 1)
     new_tokens = args.decode_steps + 2 * SETTLE
     engine = TorchEngine(
-        model, max_live_requests=batch, max_len=prompt_tokens + new_tokens, max_forward_tokens=max(2048, batch)
+        model,
+        max_live_requests=batch,
+        max_len=prompt_tokens + new_tokens,
+        max_forward_tokens=max(2048, batch),
+        compile=args.compile,
     )
     engine.submit(bench.requests(batch, prompt_tokens, new_tokens, STEP))
     while not engine.table.order.size or (engine.table.length - engine.table.prompt_len)[engine.table.order].min() < 1:
@@ -152,14 +157,15 @@ def tail(bench: Bench, model: PreTrainedModel) -> dict[str, Any]:
         if turn:
             lengths = [len(rollout.tokens) for rollout in tokens[""]]
             rates.setdefault("hf_generate", []).append(sum(lengths) / batched_generate(plain, requests, lengths, 0))
-    return report(rates, compared, different, warm_stats, engines[""])
+    return report(rates, compared, different, warm_stats, engines[""]) | {"compile": args.compile}
 
 
 def make_engine(bench: Bench, model: PreTrainedModel, live: int = 0, **options: Any) -> TorchEngine:
     """An engine for the tail's requests, or for `live` at a time."""
     longest = bench.args.prompt_tokens + bench.args.max_new_tokens
     live = live or bench.args.tail
-    return TorchEngine(model, max_live_requests=live, max_len=longest, max_forward_tokens=max(2048, live), **options)
+    options |= {"compile": bench.args.compile, "max_forward_tokens": max(2048, live)}
+    return TorchEngine(model, max_live_requests=live, max_len=longest, **options)
 
 
 def visits(bench: Bench, model: PreTrainedModel) -> list[HistoryRecord]:

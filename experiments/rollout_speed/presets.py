@@ -31,6 +31,16 @@ LLAMA_1B = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 40_960,
 }
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 40_960,
+}
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -45,6 +55,7 @@ TINY = {
 PRESETS = {
     "qwen3_0.6b": (Qwen3Config, QWEN3_06B),
     "llama_1b": (LlamaConfig, LLAMA_1B),
+    "llama_8b": (LlamaConfig, LLAMA_8B),
     "tiny": (Qwen3Config, TINY),
 }
 """tiny is for tests of the bench itself."""
