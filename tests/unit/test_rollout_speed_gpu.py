@@ -41,7 +41,9 @@ def test_the_gpu_arm_at_a_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
         assert math.isclose(decode["floor_share"], decode["floor_ms"] / decode["step_ms"])
     assert result["tokens_per_s"].keys() == {"off", "warm", "off_invariant", "warm_invariant", "hf_generate"}
     assert result["tokens_compared"] == result["tokens_compared_invariant"] == 2 * 2 * 24
-    assert result["tokens_different"] == result["tokens_different_invariant"] == 0
+    assert result["tokens_different_invariant"] == 0
+    # A GPU's library products follow the batch: ties of floating point may fall otherwise.
+    assert result["tokens_different"] == 0 or DEVICE == "cuda"
     assert result["accepted_per_round"] > 0
     assert 0 < result["accepted_share_of_drafted"] <= 1
 
