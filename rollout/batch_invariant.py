@@ -9,15 +9,14 @@ Invariants
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from slipstream.kernels import reference
 from slipstream.kernels.dispatch import Backend, KernelSet
+from slipstream.kernels.fused_layers import norm_formula
 from slipstream.kernels.linear import linear, rms_norm
 from slipstream.rollout.engine import EngineError
 
@@ -46,7 +45,12 @@ def replace(name: str, module: nn.Module, backend: Backend) -> None:
     if type(module) is nn.Linear:
         forward = partial(_linear_forward, module, backend)
     elif type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), torch.Tensor):
-        forward = partial(_norm_forward, module, backend, *_norm_formula(name, module))
+        formula = norm_formula(module)
+        if formula is None:
+            raise EngineError(
+                f"engine.batch_invariant=true: norm {name} ({type(module).__name__}) is no RMS norm we know"
+            )
+        forward = partial(_norm_forward, module, backend, *formula)
     else:
         wide = [key for key, tensor in module.named_parameters(recurse=False) if tensor.dim() >= 2]
         if wide and not isinstance(module, LEFT_ALONE):
@@ -66,24 +70,3 @@ def _norm_forward(
     module: Any, backend: Backend, eps: float, unit_offset: bool, round_first: bool, x: torch.Tensor
 ) -> torch.Tensor:
     return rms_norm(x, module.weight, eps, unit_offset, round_first, backend)
-
-
-@torch.no_grad()
-def _norm_formula(name: str, module: Any) -> tuple[float, bool, bool]:
-    """(eps, unit_offset, round_first) of the formula nearest to the module's own output on random rows."""
-    weight, eps = module.weight, getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    named = f"engine.batch_invariant=true: norm {name} ({type(module).__name__})"
-    if eps is None or weight.dim() != 1:
-        raise EngineError(f"{named} has no epsilon or weight")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, len(weight), generator=generator).to(weight.device, weight.dtype)
-    wanted = module(x).float()
-    errors = {
-        formula: float((reference.rms_norm(x, weight, eps, *formula).float() - wanted).abs().mean())
-        for formula in itertools.product((False, True), (True, False))
-    }
-    best = min(errors, key=errors.__getitem__)
-    # A formula that is right differs by roundings only, and in few places.
-    if not errors[best] <= torch.finfo(weight.dtype).eps * (float(wanted.abs().mean()) + 1e-6):
-        raise EngineError(f"{named} is no RMS norm we know")
-    return float(eps), *best

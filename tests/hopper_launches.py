@@ -10,6 +10,7 @@ import torch
 
 from slipstream.kernels.reference import SamplingRows
 from slipstream.kernels.triton import append_kv, linear, sample_verify, step_table, verify_attention
+from slipstream.kernels.triton.silu_mul import silu_mul
 from slipstream.kernels.triton.steer import launch as turn_heads
 from slipstream.kernels.triton.token_logprob import TokenLogprob
 from slipstream.rollout.static_step import Bucket, bucket_bytes, bucket_views
@@ -133,4 +134,5 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "linear_wide": product(VOCAB),
     "linear_float32": product(896, F32),
     "rms_norm": norm,
+    "silu_mul": lambda: silu_mul(torch.zeros(8, 4864, dtype=BF16), torch.zeros(8, 4864, dtype=BF16)),
 }

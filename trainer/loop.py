@@ -117,6 +117,8 @@ class TrainLoop:
             f"{self.settings.experiment_name}: {cluster.num_workers} rollout workers on {facts['device']}, "
             f"{facts['kernels']} kernels ({facts['reason']}), ready after {process_age_s():.1f} s"
         )
+        if facts["device"].startswith("cuda"):
+            print(f"engine: {facts['steps']}")
         print(f"run folder: {self.run_dir}")
         self._startup_s: float | None = process_age_s()
         if resumed_from is not None:

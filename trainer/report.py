@@ -96,9 +96,7 @@ def read_run(run_dir: Path) -> RunData:
     records = [record for record in records if isinstance(record.get("step"), int)]
     if not records:
         raise SlipstreamError(f"{run_dir / METRICS_FILE} holds no finished step; is {run_dir} a run folder?")
-    rollouts, num_torn = scan_jsonl(
-        run_dir / ROLLOUTS_FILE, lambda record: (record.get("step"), record.get("num_tokens"), record.get("spec"))
-    )
+    rollouts, num_torn = scan_jsonl(run_dir / ROLLOUTS_FILE, _step_tokens_and_spec)
     known = [row for row in rollouts if all(isinstance(number, int) for number in row[:2])]
     pairs = [row[:2] for row in known]
     last = max((step for step, _ in pairs), default=0)
@@ -115,6 +113,10 @@ def read_run(run_dir: Path) -> RunData:
         num_bad_lines=num_bad + num_torn + len(rollouts) - len(pairs),
         last_step=[(tokens, dict(spec.get("by_source") or {})) for tokens, spec in specs],
     )
+
+
+def _step_tokens_and_spec(record: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return record.get("step"), record.get("num_tokens"), record.get("spec")
 
 
 def pictures(data: RunData) -> list[Picture]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from slipstream.experiments.kernels.cases import SMALL, blocked_cache, random_logits, sampling_rows
 from slipstream.experiments.kernels.timing import Call, microseconds
@@ -20,17 +21,20 @@ from slipstream.kernels.dispatch import KernelSet, NativeKernels
 CPU = torch.device("cpu")
 VOCAB, NUM_ROWS = 151_936, 16
 NUM_TOKENS, CONTEXT = 32, 1024
+HIDDEN, INNER = 896, 4864
 
 
 def native_kernels(rounds: int) -> dict[str, dict[str, Any]]:
     """Figures by kernel."""
-    kernels = NativeKernels("bench")
-    cases = (_sample_verify(kernels), _attention(kernels), _append(kernels))
-    return {
-        name: {"max_error": error, "us": microseconds([call], CPU, rounds), "bytes": size} | more
-        for case in cases
-        for name, error, call, size, more in case
-    }
+    kernels = NativeKernels("bench", torch.get_num_threads())
+    cases = (_sample_verify(kernels), _attention(kernels), _append(kernels), _layers(kernels))
+    # The layers serve rollouts only: where gradients are wanted they leave the work to torch.
+    with torch.no_grad():
+        return {
+            name: {"max_error": error, "us": microseconds([call], CPU, rounds), "bytes": size} | more
+            for case in cases
+            for name, error, call, size, more in case
+        }
 
 
 Case = Iterator[tuple[str, float, Call, int, dict[str, Any]]]
@@ -70,3 +74,32 @@ def _append(kernels: KernelSet) -> Case:
     error = max(float((a - b).abs().max()) for a, b in zip((blocked, values), expected, strict=True))
     call = partial(kernels.append_kv, blocked, values, new[0], new[1], slots, positions)
     yield "append_kv", error, call, 2 * new.nbytes, {}
+
+
+def _layers(kernels: KernelSet) -> Case:
+    for dtype in (torch.float32, torch.bfloat16):
+        product = nn.Linear(HIDDEN, INNER, bias=False, dtype=dtype)
+        kernels.adopt(product)
+        x = torch.randn(NUM_TOKENS, HIDDEN).to(dtype)
+        call = partial(product, x)
+        yield (
+            f"linear_{str(dtype)[6:]}",
+            largest(call(), reference.linear(x, product.weight)),
+            call,
+            _bytes(product),
+            {},
+        )
+    norm = nn.RMSNorm(HIDDEN, eps=1e-6)
+    kernels.adopt(norm)
+    x = torch.randn(NUM_TOKENS, HIDDEN)
+    call = partial(norm, x)
+    yield "rms_norm", largest(call(), reference.rms_norm(x, norm.weight, 1e-6)), call, 2 * x.nbytes, {}
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in layer.parameters())
+
+
+def largest(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value where that is above 1."""
+    return float((got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1.0))

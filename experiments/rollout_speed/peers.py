@@ -49,6 +49,17 @@ def batched_generate(model: PreTrainedModel, requests: Sequence[Request], length
     return seconds
 
 
+def trl_generate(model: PreTrainedModel, requests: Sequence[Request], lengths: Sequence[int], pad: int) -> float:
+    """Wall seconds of what TRL's GRPO trainer does without an inference server: generate() on the unwrapped model."""
+    from accelerate import Accelerator
+    from trl.models import unwrap_model_for_generation
+
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    wrapped: Any = accelerator.prepare_model(model, evaluation_mode=True)
+    with unwrap_model_for_generation(wrapped, accelerator) as unwrapped:
+        return batched_generate(unwrapped, requests, lengths, pad)
+
+
 def one_by_one(
     model: PreTrainedModel, requests: Sequence[Request], lengths: Sequence[int], pad: int, **assistance: Any
 ) -> float:

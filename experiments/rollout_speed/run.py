@@ -22,13 +22,22 @@ from transformers import PreTrainedModel
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.suffix import SuffixDrafter
-from slipstream.experiments.rollout_speed.peers import NUM_LOOKUP_TOKENS, batched_generate, first_layers, one_by_one
+from slipstream.experiments.rollout_speed.gpu import add_gpu_arguments, run_gpu
+from slipstream.experiments.rollout_speed.memory import cpu_memory
+from slipstream.experiments.rollout_speed.peers import (
+    NUM_LOOKUP_TOKENS,
+    batched_generate,
+    first_layers,
+    one_by_one,
+    trl_generate,
+)
 from slipstream.experiments.workload import Workload, quickstart_workload
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import PriceBudget
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout
+from slipstream.trainer.errors import ConfigError
 
 STEP = 1000
 """Requests of the timed step; earlier visits are steps 1, 2, ..., so their noise is another one."""
@@ -43,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default 0: all cores)")
     parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms that take one at a time")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: another set of arms, see below")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the memory of a live token (two processes)")
+    add_gpu_arguments(parser)
 
 
 @dataclass(slots=True)
@@ -89,6 +101,10 @@ class Arms:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Interleaves the arms and reports medians, ratios and what was compared."""
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU; allowed here: --device cpu")
+        return run_gpu(args, torch.device("cuda"))
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     workload = quickstart_workload()
     # Evenly over the difficulties, the hardest included: most responses are short and a few are long.
@@ -115,7 +131,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 different += abs(len(mine.tokens) - len(theirs))
         for name, (count, peer) in peers.items():
             arms.rates.setdefault(name, []).append(sum(lengths[:count]) / peer())
-    return report(arms, lengths, compared, different)
+    memory = {} if args.no_memory else cpu_memory(workload.folder)
+    return report(arms, lengths, compared, different) | memory
 
 
 def sample_history(arms: Arms, engine: TorchEngine, prompts: Sequence[Any]) -> list[HistoryRecord]:
@@ -138,7 +155,10 @@ def make_peers(arms: Arms, lengths: list[int]) -> dict[str, tuple[int, Callable[
     assistant = first_layers(model, arms.model, max(1, layers // 4))
     few = min(arms.args.one_by_one, len(lengths))
     requests = arms.requests
-    return {
+    peers: dict[str, tuple[int, Callable[[], float]]] = {}
+    if find_spec("trl"):
+        peers["trl"] = (len(lengths), lambda: trl_generate(model, requests, lengths, pad))
+    return peers | {
         "hf_generate": (len(lengths), lambda: batched_generate(model, requests, lengths, pad)),
         "hf_one_by_one": (few, lambda: one_by_one(model, requests[:few], lengths[:few], pad)),
         "hf_prompt_lookup": (
@@ -156,7 +176,7 @@ def report(arms: Arms, lengths: list[int], compared: int, different: int) -> dic
     """The figures, by key."""
     rates = {name: values for name, values in arms.rates.items() if name != "warm_up"}
     warm, off = np.array(rates["warm"]), np.array(rates["off"])
-    peers = [name for name in rates if name.startswith("hf_")]
+    peers = [name for name in rates if name not in ("off", "cold", "warm")]
     stats = {name: arms.stats[name] for name in ("off", "cold", "warm")}
     return {
         "tokens_per_s": {name: float(np.median(values)) for name, values in rates.items()},

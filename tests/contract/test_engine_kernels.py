@@ -208,7 +208,7 @@ def test_what_cannot_run_is_refused_by_name() -> None:
 
 
 def test_a_vocabulary_above_the_samplers_limit_is_refused() -> None:
-    model = tiny_model("qwen3")
+    model = tiny_model("qwen3").to(DEVICE)
     model.config.vocab_size = 2**20 + 1
     with pytest.raises(EngineError, match="1048577 tokens; the sampling kernel takes up to 1048576"):
         TorchEngine(model, max_len=64, kernels="triton")

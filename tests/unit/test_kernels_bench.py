@@ -13,6 +13,7 @@ from tests.triton_interpreter import DEVICE  # isort: skip
 from slipstream.experiments.kernels import native, timing, triton_speed
 from slipstream.experiments.kernels import run as bench
 from slipstream.experiments.kernels.cases import TOY
+from slipstream.experiments.kernels.triton_errors import triton_errors
 
 TINY = triton_speed.Sizes(
     vocab=300,
@@ -35,16 +36,19 @@ def test_the_bench_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     result = bench.run(parser.parse_args(["--device", "cpu", "--rounds", "1"]))
-    assert result["native"].keys() == {"sample_verify", "sample_verify_filtered", "ragged_attention", "append_kv"}
+    layers = {"linear_float32", "linear_bfloat16", "rms_norm"}
+    rest = {"sample_verify", "sample_verify_filtered", "ragged_attention", "append_kv"}
+    assert result["native"].keys() == layers | rest
     for name, one in result["native"].items():
-        assert one["max_error"] < 1e-4, name
+        assert one["max_error"] < (0.01 if "bfloat16" in name else 1e-4), name
         assert one["us"] > 0
         assert one["bytes"] > 0
-        assert 0 < one["floor_share"] < 5
+        assert one["floor_share"] > 0
     assert result["native"]["sample_verify"]["tokens_different"] == 0
     assert result["triton_speed"] == bench.NO_GPU
     assert set(result["bars"].values()) == {bench.NO_GPU}
-    errors = result["triton_error"]
+    # Where a GPU is, Triton compiles: then nothing of it runs on the CPU.
+    errors = result["triton_error"] if DEVICE == "cpu" else triton_errors(torch.device(DEVICE))
     assert errors["sample_verify"]["tokens_different"] == 0
     assert errors["append_kv"]["max_error"] == 0
     assert all(one["max_error"] < 0.02 for one in errors.values())
