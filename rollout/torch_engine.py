@@ -29,8 +29,8 @@ from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
 from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
-from slipstream.rollout.runner_choice import RunnerOptions, make_runner
 from slipstream.rollout.pricing import Pricing
+from slipstream.rollout.runner_choice import RunnerOptions, make_runner
 from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.types import FinishReason, Request, Rollout
 from slipstream.rollout.weights import WeightTable

@@ -99,8 +99,10 @@ def read_run(run_dir: Path) -> RunData:
     rollouts, num_torn = scan_jsonl(
         run_dir / ROLLOUTS_FILE, lambda record: (record.get("step"), record.get("num_tokens"), record.get("spec"))
     )
-    known = [row for row in rollouts if all(isinstance(number, int) for number in row[:2])]
-    pairs = [row[:2] for row in known]
+    known = [
+        (step, tokens, spec) for step, tokens, spec in rollouts if isinstance(step, int) and isinstance(tokens, int)
+    ]
+    pairs = [(step, tokens) for step, tokens, _ in known]
     last = max((step for step, _ in pairs), default=0)
     specs = [(tokens, spec) for step, tokens, spec in known if step == last and isinstance(spec, dict)]
     try:
