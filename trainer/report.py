@@ -96,9 +96,13 @@ def read_run(run_dir: Path) -> RunData:
     records = [record for record in records if isinstance(record.get("step"), int)]
     if not records:
         raise SlipstreamError(f"{run_dir / METRICS_FILE} holds no finished step; is {run_dir} a run folder?")
-    rollouts, num_torn = scan_jsonl(run_dir / ROLLOUTS_FILE, _step_tokens_and_spec)
-    known = [row for row in rollouts if all(isinstance(number, int) for number in row[:2])]
-    pairs = [row[:2] for row in known]
+    rollouts, num_torn = scan_jsonl(
+        run_dir / ROLLOUTS_FILE, lambda record: (record.get("step"), record.get("num_tokens"), record.get("spec"))
+    )
+    known = [
+        (step, tokens, spec) for step, tokens, spec in rollouts if isinstance(step, int) and isinstance(tokens, int)
+    ]
+    pairs = [(step, tokens) for step, tokens, _ in known]
     last = max((step for step, _ in pairs), default=0)
     specs = [(tokens, spec) for step, tokens, spec in known if step == last and isinstance(spec, dict)]
     try:
@@ -113,10 +117,6 @@ def read_run(run_dir: Path) -> RunData:
         num_bad_lines=num_bad + num_torn + len(rollouts) - len(pairs),
         last_step=[(tokens, dict(spec.get("by_source") or {})) for tokens, spec in specs],
     )
-
-
-def _step_tokens_and_spec(record: dict[str, Any]) -> tuple[Any, Any, Any]:
-    return record.get("step"), record.get("num_tokens"), record.get("spec")
 
 
 def pictures(data: RunData) -> list[Picture]:

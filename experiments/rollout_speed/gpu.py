@@ -53,7 +53,7 @@ def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-knee",
         type=float,
         default=256.0,
-        help="tokens that cost as much as a pass until that is measured (default 256)",
+        help="tokens that cost as much as a pass until measured (default 256)",
     )
 
 

@@ -9,7 +9,7 @@ from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.rollout.acceptance import CURVE_PRIOR_TOKENS, AcceptanceModel
 from slipstream.rollout.budget import FixedBudget, PriceBudget
 from slipstream.rollout.guard import Guard
-from slipstream.rollout.learned import Learned, observe_records
+from slipstream.rollout.learned import Learned, Observed, observe_records
 from slipstream.rollout.lengths import LengthModel
 from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.torch_engine import TorchEngine
@@ -90,7 +90,7 @@ def test_what_was_learned_survives_a_checkpoint() -> None:
     learned = Learned()
     assert learned.lengths is not None
     observe_records(learned.lengths, known)
-    learned.observe([AcceptanceModel()], [engine.pricing.cost.copy()])
+    learned.observe([Observed(AcceptanceModel(), engine.pricing.cost.copy(), {})])
     again = Learned.from_arrays(learned.to_arrays())
     assert again.to_arrays() == learned.to_arrays()
     assert again.lengths is not None
