@@ -99,17 +99,23 @@ class SamplingConfig(Strict):
 
 
 class AlgoConfig(Strict):
-    """GRPO and its optimiser. Counts of prompts are prompts, counts of samples are samples."""
+    """Advantage, loss and optimiser. Counts of prompts are prompts, counts of samples are samples."""
 
-    name: Literal["grpo"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] = Field(
+        "grpo", description="How a sample is compared with its group; see trainer/advantages.py."
+    )
+    loss: Literal["ppo_clip", "gspo", "cispo"] = Field("ppo_clip", description="See trainer/losses.py.")
     num_steps: PositiveInt = 32
     num_prompts_per_step: PositiveInt = 16
     num_updates_per_step: PositiveInt = Field(1, description="Optimiser updates each step's samples are split into.")
-    normalize_by_std: bool = Field(True, description="Divide the group advantage by its standard deviation.")
     clip_ratio_low: Share = 0.2
     clip_ratio_high: float = Field(0.28, ge=0, le=10, description="Clip-higher (DAPO); equal to low for plain PPO.")
-    dual_clip: float = Field(10.0, gt=1, description="Lower bound on the loss of negative advantages, as in verl.")
-    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    dual_clip: float = Field(
+        10.0, gt=1, description="ppo_clip: a negative advantage costs at most this many times its size, as in verl."
+    )
+    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        "token-mean", description="seq-mean-token-sum-norm divides by sampling.max_new_tokens (Dr. GRPO)."
+    )
     kl_coef: NonNegativeFloat = Field(0.0, description="Weight of the KL to the initial policy; 0 holds no reference.")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     learning_rate: PositiveFloat = 1e-3
@@ -256,7 +262,7 @@ class Settings(Strict):
                 "a function of your own needs reward.rule=custom"
             )
         if self.sampling.num_samples_per_prompt < 2:
-            raise ValueError("sampling.num_samples_per_prompt=1; the group advantage of GRPO needs at least 2")
+            raise ValueError("sampling.num_samples_per_prompt=1; an advantage over the group needs at least 2")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature=0; greedy samples of a group are all equal and carry no advantage")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:

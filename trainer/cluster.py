@@ -136,5 +136,6 @@ def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
         num_gpus=settings.cluster.gpus_for_learner,
         num_threads=settings.cluster.threads_for_learner,
         temperature=settings.sampling.temperature,
+        max_new_tokens=settings.sampling.max_new_tokens,
         algo=settings.algo,
     )

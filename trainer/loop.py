@@ -1,4 +1,4 @@
-"""The synchronous GRPO loop: rollouts, rewards, update, weights, history; one step after the other.
+"""The synchronous loop: rollouts, rewards, update, weights, history; one step after the other.
 
 Invariants
 - Step s samples with the weights of version s - 1; the tokens of a step are a pure function of those weights, the run
@@ -234,7 +234,7 @@ class TrainLoop:
         if step in self._proof_steps:
             metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
             clock.lap("proof")
-        scored = score_step(prompts, result.rollouts, self.scorer, self.tokenizer, settings.algo.normalize_by_std)
+        scored = score_step(prompts, result.rollouts, self.scorer, self.tokenizer, settings.algo.advantage)
         clock.lap("reward")
         for reason, count in scored.reasons.items():
             print(f"step {step}: {count} samples left out of the loss: {reason}", file=sys.stderr)

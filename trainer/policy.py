@@ -24,7 +24,7 @@ from slipstream.trainer.weight_sync import export_weights
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """What the learner is built from; algo as in conf/schema.py, temperature that of the rollouts."""
+    """What the learner is built from; algo as in conf/schema.py, temperature and max_new_tokens as sampled."""
 
     model_path: str
     dtype: str
@@ -32,6 +32,7 @@ class LearnerSpec:
     num_gpus: float
     num_threads: int
     temperature: float
+    max_new_tokens: int
     algo: AlgoConfig
 
 
@@ -50,7 +51,7 @@ def learning_rate(algo: AlgoConfig, step: int) -> float:
 
 
 class PolicyLearner:
-    """GRPO with AdamW on one device."""
+    """Policy gradient with AdamW on one device."""
 
     def __init__(self, spec: LearnerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -127,8 +128,10 @@ class PolicyLearner:
             algo.clip_ratio_high,
             algo.dual_clip,
             num_tokens,
+            algo.loss,
         )
-        loss = aggregate(losses, mask, algo.loss_agg, num_tokens, num_sequences)
+        totals = num_tokens, num_sequences, self._spec.max_new_tokens
+        loss = aggregate(losses, mask, algo.loss_agg, *totals)
         metrics["actor/pg_loss"] = loss.detach()
         metrics["actor/entropy"] = (entropy * mask).sum() / num_tokens
         difference = (logp.detach() - tensors["old_logp"]).abs() * mask
@@ -137,7 +140,7 @@ class PolicyLearner:
             with torch.no_grad():
                 reference, _ = token_logprobs(self._reference(**inputs).logits, targets, self._spec.temperature)
             penalty = kl_penalty(logp, reference, algo.kl_estimator)
-            kl = aggregate(penalty, mask, algo.loss_agg, num_tokens, num_sequences)
+            kl = aggregate(penalty, mask, algo.loss_agg, *totals)
             metrics["actor/kl_loss"] = kl.detach()
             loss = loss + algo.kl_coef * kl
         return loss, metrics

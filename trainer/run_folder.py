@@ -31,7 +31,6 @@ FIXED_ON_RESUME = (
     "model",
     "data",
     "sampling",
-    "algo.name",
     "algo.num_prompts_per_step",
 )
 """Keys and sections that decide which tokens a run samples, or which run it is."""

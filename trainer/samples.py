@@ -16,7 +16,7 @@ import numpy as np
 from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
-from slipstream.trainer.advantages import GroupCounts, grpo_advantages
+from slipstream.trainer.advantages import Advantage, GroupCounts, compute_advantages
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.data.prompts import Prompt
 from slipstream.trainer.data.rewards import RewardScorer
@@ -73,7 +73,7 @@ def score_step(
     rollouts: list[Rollout],
     scorer: RewardScorer,
     tokenizer: ChatTokenizer,
-    normalize_by_std: bool,
+    advantage: Advantage,
 ) -> ScoredStep:
     """Rewards and group advantages. prompts: one per group, indexed by Request.group."""
     rewards = np.full(len(rollouts), np.nan)
@@ -90,7 +90,8 @@ def score_step(
         else:
             rewards[i] = score.value
     groups = np.array([rollout.request.group for rollout in rollouts])
-    advantages, counts = grpo_advantages(rewards, groups, normalize_by_std)
+    lengths = np.array([len(rollout.tokens) for rollout in rollouts])
+    advantages, counts = compute_advantages(advantage, rewards, groups, lengths)
     return ScoredStep(list(prompts), rollouts, rewards, advantages, counts, reasons)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.trainer.advantages import grpo_advantages
+from slipstream.trainer.advantages import Advantage, compute_advantages
 from slipstream.trainer.losses import (
     Aggregation,
     KlEstimator,
+    PolicyLoss,
     aggregate,
     kl_penalty,
     policy_loss,
@@ -61,45 +62,62 @@ def verl_actor(mask: torch.Tensor, low: float, high: float, dual: float) -> Any:
     return config
 
 
-@pytest.mark.parametrize("normalize_by_std", [True, False])
+def verl_advantages(name: Advantage, *args: Any) -> torch.Tensor:
+    match name:
+        case "rloo":
+            return core_algos.compute_rloo_outcome_advantage(*args)[0]
+        case "reinforce_pp_baseline":
+            return core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(*args)[0]
+    return core_algos.compute_grpo_outcome_advantage(*args, norm_adv_by_std_in_grpo=name == "grpo")[0]
+
+
+@pytest.mark.parametrize("name", get_args(Advantage))
 @pytest.mark.parametrize("seed", range(5))
-def test_grpo_advantages(seed: int, normalize_by_std: bool) -> None:
+def test_advantages(seed: int, name: Advantage) -> None:
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, 7, 40)
     rewards = rng.choice([0.0, 1.0], 40) if seed % 2 else rng.normal(size=40)
     # A group of one and a group of equal rewards, each a rule of its own.
     groups[0], rewards[0] = 100, 0.7
     groups[1:4], rewards[1:4] = 101, 1.0
-    mask = torch.ones(40, 1, dtype=torch.float64)
-    expected, _ = core_algos.compute_grpo_outcome_advantage(
-        torch.tensor(rewards)[:, None], mask, groups, norm_adv_by_std_in_grpo=normalize_by_std
-    )
-    advantages, _ = grpo_advantages(rewards, groups, normalize_by_std)
-    np.testing.assert_allclose(advantages, expected[:, 0].numpy(), atol=1e-6, rtol=1e-6)
+    lengths = rng.integers(1, 12, 40)
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).to(torch.float64)
+    token_rewards = torch.zeros(40, 12, dtype=torch.float64)
+    token_rewards[torch.arange(40), torch.tensor(lengths) - 1] = torch.tensor(rewards)
+    expected = verl_advantages(name, token_rewards, mask, groups)
+    advantages, _ = compute_advantages(name, rewards, groups, lengths)
+    ours = torch.from_numpy(advantages).double()[:, None] * mask
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", get_args(PolicyLoss))
 @pytest.mark.parametrize("mode", get_args(Aggregation))
 @pytest.mark.parametrize(("low", "high", "dual"), [(0.2, 0.28, 10.0), (0.2, 0.2, 3.0), (0.1, 5.0, 1.5)])
-def test_policy_loss_and_gradient(mode: Aggregation, low: float, high: float, dual: float) -> None:
+def test_policy_loss_and_gradient(mode: Aggregation, low: float, high: float, dual: float, kind: PolicyLoss) -> None:
+    names = {"ppo_clip": "vanilla"}
     for seed in range(4):
         batch = ragged_batch(seed)
         mask = batch["mask"]
+        weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
         theirs = batch["logp"].clone().requires_grad_()
-        expected, expected_metrics = core_algos.compute_policy_loss_vanilla(
+        config = verl_actor(mask, low, high, dual)
+        config.global_batch_info["loss_scale_factor"] = 23
+        expected, expected_metrics = core_algos.get_policy_loss_fn(names.get(kind, kind))(
             old_log_prob=batch["old_logp"],
             log_prob=theirs,
             advantages=batch["advantages"],
             response_mask=mask,
             loss_agg_mode=mode,
-            config=verl_actor(mask, low, high, dual),
+            config=config,
+            rollout_is_weights=weights,
         )
         expected.backward()
 
         ours = batch["logp"].clone().requires_grad_()
         losses, metrics = policy_loss(
-            ours, batch["old_logp"], batch["advantages"], mask, low, high, dual, int(mask.sum())
+            ours, batch["old_logp"], batch["advantages"], mask, low, high, dual, int(mask.sum()), kind
         )
-        loss = aggregate(losses, mask, mode, int(mask.sum()), int(mask.any(-1).sum()))
+        loss = aggregate(losses * weights, mask, mode, int(mask.sum()), int(mask.any(-1).sum()), horizon=23)
         loss.backward()
 
         torch.testing.assert_close(loss, expected, **TOLERANCE)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_learner(folder: str, **algo: object) -> PolicyLearner:
     config = AlgoConfig(**({"learning_rate": 1e-3, "num_steps": 10} | algo))
-    return PolicyLearner(LearnerSpec(folder, "float32", None, 0.0, 1, 1.0, config))
+    return PolicyLearner(LearnerSpec(folder, "float32", None, 0.0, 1, 1.0, 20, config))
 
 
 def make_samples(seed: int, num: int = 6) -> list[TrainSample]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slipstream.trainer.losses import Aggregation, aggregate, kl_penalty, policy_loss, token_logprobs
+from slipstream.trainer.losses import Aggregation, PolicyLoss, aggregate, kl_penalty, policy_loss, token_logprobs
 
 MODES = get_args(Aggregation)
 
@@ -105,32 +105,70 @@ def test_k3_is_cut_and_unknown_names_are_refused() -> None:
 def test_aggregation_modes_by_hand() -> None:
     loss = torch.tensor([[1.0, 2, 3], [5, math.nan, math.inf]])
     mask = torch.tensor([[1.0, 1, 1], [1, 0, 0]])
-    values = {mode: aggregate(loss, mask, mode, 4, 2).item() for mode in MODES}
-    assert values == {"token-mean": 11 / 4, "seq-mean-token-sum": 11 / 2, "seq-mean-token-mean": 3.5}
+    values = {mode: aggregate(loss, mask, mode, 4, 2, horizon=10).item() for mode in MODES}
+    by_hand = {"token-mean": 11 / 4, "seq-mean-token-sum": 11 / 2, "seq-mean-token-mean": 3.5}
+    assert values == pytest.approx(by_hand | {"seq-mean-token-sum-norm": 0.55})
+    with pytest.raises(ValueError, match="horizon is None"):
+        aggregate(loss, mask, "seq-mean-token-sum-norm", 4, 2)
 
 
-def step_loss(rows: tuple[Tensor, ...], mode: Aggregation, totals: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+def test_gspo_by_hand() -> None:
+    ratios = torch.tensor([[2.0, 0.5, 1.0], [1.5, 1.5, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    logp = ratios.log().requires_grad_()
+    advantages = torch.ones(2, 1, dtype=torch.float64)
+    losses, metrics = policy_loss(logp, torch.zeros(2, 3), advantages, mask, 0.2, 0.28, 3.0, kind="gspo")
+    # The first sequence's ratios cancel; the second's geometric mean of 1.5 is clipped at 1.28.
+    torch.testing.assert_close(losses[0], torch.full((3,), -1.0, dtype=torch.float64))
+    torch.testing.assert_close(losses[1, :2], torch.full((2,), -1.28, dtype=torch.float64))
+    assert metrics["actor/pg_clipfrac"].item() == pytest.approx(2 / 5)
+    losses[mask.bool()].sum().backward()
+    assert logp.grad is not None
+    assert logp.grad[0].tolist() == pytest.approx([-1.0, -1.0, -1.0])
+    assert logp.grad[1].tolist() == [0, 0, 0]
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
+    logp = torch.tensor([[math.log(3.0), math.log(0.9)]], requires_grad=True)
+    losses, metrics = policy_loss(
+        logp, torch.zeros(1, 2), 2 * torch.ones(1, 1), torch.ones(1, 2), 1.0, 0.5, 3.0, kind="cispo"
+    )
+    losses.sum().backward()
+    assert logp.grad is not None
+    assert logp.grad[0].tolist() == pytest.approx([-2 * 1.5, -2 * 0.9])
+    assert metrics["actor/pg_clipfrac"].item() == 0.5
+
+
+def test_unknown_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="allowed: ppo_clip, gspo, cispo"):
+        policy_loss(*ragged([2]), 0.2, 0.28, 3.0, kind="a2c")  # type: ignore[arg-type]
+
+
+def step_loss(
+    rows: tuple[Tensor, ...], mode: Aggregation, totals: tuple[int, int], kind: PolicyLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss plus KL of some rows of a step, and the metrics."""
     logp, old_logp, advantages, mask = rows
-    losses, metrics = policy_loss(logp, old_logp, advantages, mask, 0.2, 0.28, 3.0, num_tokens_total=totals[0])
+    losses, metrics = policy_loss(logp, old_logp, advantages, mask, 0.2, 0.28, 3.0, totals[0], kind)
     losses = losses + 0.1 * kl_penalty(logp, old_logp, "k3")
-    return aggregate(losses, mask, mode, *totals), metrics
+    return aggregate(losses, mask, mode, *totals, horizon=9), metrics
 
 
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=10).filter(lambda lengths: sum(lengths) > 0),
     cuts=st.sets(st.integers(1, 9)),
     mode=st.sampled_from(MODES),
+    kind=st.sampled_from(get_args(PolicyLoss)),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=80, deadline=None)
 def test_any_split_gives_the_same_value_gradient_and_metrics(
-    lengths: list[int], cuts: set[int], mode: Aggregation, seed: int
+    lengths: list[int], cuts: set[int], mode: Aggregation, kind: PolicyLoss, seed: int
 ) -> None:
     logp, old_logp, advantages, mask = ragged(lengths, seed)
     totals = (int(mask.sum()), int(mask.any(-1).sum()))
     whole_logp = logp.clone().requires_grad_()
-    whole, whole_metrics = step_loss((whole_logp, old_logp, advantages, mask), mode, totals)
+    whole, whole_metrics = step_loss((whole_logp, old_logp, advantages, mask), mode, totals, kind)
     whole.backward()
 
     split_logp = logp.clone().requires_grad_()
@@ -141,7 +179,7 @@ def test_any_split_gives_the_same_value_gradient_and_metrics(
         # Each micro-batch is padded to its own longest row, as in training.
         width = max([*lengths[start:stop], 1])
         rows = (split_logp[start:stop, :width], old_logp[start:stop, :width], advantages[start:stop])
-        part, part_metrics = step_loss((*rows, mask[start:stop, :width]), mode, totals)
+        part, part_metrics = step_loss((*rows, mask[start:stop, :width]), mode, totals, kind)
         part.backward()
         total += part.item()
         metrics = {name: value + part_metrics[name].item() for name, value in metrics.items()}
