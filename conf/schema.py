@@ -98,6 +98,44 @@ class SamplingConfig(Strict):
     top_k: NonNegativeInt = 0
 
 
+class CorrectionConfig(Strict):
+    """What is done about samples that an older policy, or another program, drew; see trainer/correction.py.
+
+    `auto` follows algo.max_staleness_steps: off at 0; above 0 the learner's own log-probabilities and token weights.
+    """
+
+    proximal: Literal["auto", "rollout", "learner"] = Field(
+        "auto",
+        description="What the clip compares with: the rollouts' log-probabilities, or the learner's (decoupled).",
+    )
+    weights: Literal["auto", "off", "token", "sequence", "icepop"] = Field(
+        "auto", description="Importance weights of the samples; token: truncated importance sampling."
+    )
+    weight_low: PositiveFloat = Field(0.5, description="icepop: a token whose ratio is lower is masked.")
+    weight_high: PositiveFloat = Field(2.0, description="Highest weight; icepop masks what is above.")
+    rejection: Literal["off", "token", "sequence", "sequence_mean"] = Field(
+        "off", description="Leaves out the tokens, or the whole responses, whose ratio is out of bounds."
+    )
+    rejection_low: PositiveFloat = 0.5
+    rejection_high: PositiveFloat = 2.0
+
+    @model_validator(mode="after")
+    def _bounds(self) -> CorrectionConfig:
+        for name in ("weight", "rejection"):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            if low > high:
+                raise ValueError(
+                    f"algo.correction.{name}_low={low} is above algo.correction.{name}_high={high}; "
+                    "allowed: at most that"
+                )
+        if self.proximal == "rollout" and (self.weights not in ("auto", "off") or self.rejection != "off"):
+            raise ValueError(
+                f"algo.correction.proximal=rollout with algo.correction.weights={self.weights} and "
+                f"algo.correction.rejection={self.rejection}; both need algo.correction.proximal=learner"
+            )
+        return self
+
+
 class AlgoConfig(Strict):
     """Advantage, loss and optimiser. Counts of prompts are prompts, counts of samples are samples."""
 
@@ -116,6 +154,10 @@ class AlgoConfig(Strict):
     loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         "token-mean", description="seq-mean-token-sum-norm divides by sampling.max_new_tokens (Dr. GRPO)."
     )
+    max_staleness_steps: NonNegativeInt = Field(
+        0, description="Updates a rollout's oldest policy may lag behind; 0: sampling and learning take turns."
+    )
+    correction: CorrectionConfig = CorrectionConfig()
     kl_coef: NonNegativeFloat = Field(0.0, description="Weight of the KL to the initial policy; 0 holds no reference.")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     learning_rate: PositiveFloat = 1e-3
@@ -126,6 +168,20 @@ class AlgoConfig(Strict):
     adam_beta2: Share = 0.95
     grad_clip_norm: PositiveFloat = 1.0
     max_tokens_per_microbatch: PositiveInt = Field(8192, description="Padded tokens of one forward-backward pass.")
+
+    @property
+    def weights(self) -> Literal["off", "token", "sequence", "icepop"]:
+        """algo.correction.weights with `auto` resolved."""
+        if self.correction.weights != "auto":
+            return self.correction.weights
+        return "token" if self.max_staleness_steps and self.correction.proximal != "rollout" else "off"
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether the learner recomputes the samples' log-probabilities before its first update of a step."""
+        if self.correction.proximal != "auto":
+            return self.correction.proximal == "learner"
+        return self.max_staleness_steps > 0 or self.weights != "off" or self.correction.rejection != "off"
 
 
 class EngineConfig(Strict):

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slipstream.conf.schema import AlgoConfig
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.trainer.batch import MicroBatch, TrainSample, micro_batches, split_updates
 from slipstream.trainer.checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
+from slipstream.trainer.correction import correct_samples
 from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss, token_logprobs
 from slipstream.trainer.weight_sync import export_weights
 
@@ -79,15 +81,36 @@ class PolicyLearner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         samples = [sample for sample in samples if len(sample.response)]
+        corrected: dict[str, float] = {}
+        if self._algo.recomputes_logprobs and samples:
+            samples, corrected = correct_samples(samples, self._logprobs(samples), self._algo)
         totals: dict[str, float] = {}
         parts = split_updates(len(samples), self._algo.num_updates_per_step)
         for part in parts:
             for name, value in self._update_once([samples[i] for i in part]).items():
                 totals[name] = totals.get(name, 0.0) + value / len(parts)
-        return totals | {"actor/lr": rate, "actor/num_updates": float(len(parts))}
+        return totals | corrected | {"actor/lr": rate, "actor/num_updates": float(len(parts))}
+
+    @torch.no_grad()
+    def _logprobs(self, samples: list[TrainSample]) -> list[np.ndarray]:
+        """log p of every response token under the current weights, one array for each sample."""
+        self._model.eval()
+        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+        for batch in micro_batches(samples, self._algo.max_tokens_per_microbatch):
+            targets = torch.from_numpy(batch.targets).to(self._device)
+            logp, _ = token_logprobs(self._logits(batch, self._model), targets, self._spec.temperature)
+            for row, i in enumerate(batch.order):
+                first = len(samples[i].prompt) - 1
+                out[i] = logp[row, first : first + len(samples[i].response)].float().cpu().numpy()
+        return out
+
+    def _logits(self, batch: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
+        inputs = torch.from_numpy(batch.input_ids).to(self._device)
+        attention = torch.from_numpy(batch.attention).to(self._device)
+        return model(input_ids=inputs, attention_mask=attention, use_cache=False).logits
 
     def _update_once(self, samples: list[TrainSample]) -> dict[str, float]:
-        num_tokens = sum(len(sample.response) for sample in samples)
+        num_tokens = sum(sample.num_tokens for sample in samples)
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, float] = {}
@@ -110,15 +133,10 @@ class PolicyLearner:
         algo = self._algo
         tensors = {
             name: torch.from_numpy(getattr(batch, name)).to(self._device)
-            for name in ("input_ids", "attention", "targets", "mask", "old_logp", "advantages")
+            for name in ("targets", "mask", "old_logp", "rollout_logp", "weights", "advantages")
         }
         mask, targets = tensors["mask"], tensors["targets"]
-        inputs = {
-            "input_ids": tensors["input_ids"],
-            "attention_mask": tensors["attention"],
-            "use_cache": False,
-        }
-        logp, entropy = token_logprobs(self._model(**inputs).logits, targets, self._spec.temperature)
+        logp, entropy = token_logprobs(self._logits(batch, self._model), targets, self._spec.temperature)
         losses, metrics = policy_loss(
             logp,
             tensors["old_logp"],
@@ -131,14 +149,14 @@ class PolicyLearner:
             algo.loss,
         )
         totals = num_tokens, num_sequences, self._spec.max_new_tokens
-        loss = aggregate(losses, mask, algo.loss_agg, *totals)
+        loss = aggregate(losses * tensors["weights"], mask, algo.loss_agg, *totals)
         metrics["actor/pg_loss"] = loss.detach()
         metrics["actor/entropy"] = (entropy * mask).sum() / num_tokens
-        difference = (logp.detach() - tensors["old_logp"]).abs() * mask
+        difference = (logp.detach() - tensors["rollout_logp"]).abs() * mask
         metrics["training/rollout_logprobs_diff_mean"] = difference.sum() / num_tokens
         if self._reference is not None:
             with torch.no_grad():
-                reference, _ = token_logprobs(self._reference(**inputs).logits, targets, self._spec.temperature)
+                reference, _ = token_logprobs(self._logits(batch, self._reference), targets, self._spec.temperature)
             penalty = kl_penalty(logp, reference, algo.kl_estimator)
             kl = aggregate(penalty, mask, algo.loss_agg, *totals)
             metrics["actor/kl_loss"] = kl.detach()

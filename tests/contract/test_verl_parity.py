@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slipstream.trainer.advantages import Advantage, compute_advantages
+from slipstream.trainer.correction import Rejection, Weights, correct
 from slipstream.trainer.losses import (
     Aggregation,
     KlEstimator,
@@ -20,8 +21,10 @@ from slipstream.trainer.losses import (
 )
 
 pytest.importorskip("verl", reason="compares with verl; install the extra: pip install 'slipstream[verl]'")
-from verl.trainer.ppo import core_algos
+from verl.protocol import DataProto
+from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.utils import torch_functional
+from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.workers.config import FSDPActorConfig
 
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
@@ -146,3 +149,51 @@ def test_token_logprobs_and_entropy() -> None:
     expected = torch_functional.logprobs_from_logits(logits / 0.6, targets, inplace_backward=False)
     torch.testing.assert_close(logp, expected, **TOLERANCE)
     torch.testing.assert_close(entropy, torch_functional.entropy_from_logits(logits / 0.6), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rejection", get_args(Rejection))
+@pytest.mark.parametrize("weights", get_args(Weights))
+@pytest.mark.parametrize("seed", range(3))
+def test_correction(weights: Weights, rejection: Rejection, seed: int) -> None:
+    batch = ragged_batch(seed)
+    # verl divides by zero tokens in a row without any; close policies, so that some sequences pass.
+    rows = batch["mask"].bool().any(-1)
+    mask, rollout = batch["mask"][rows], batch["old_logp"][rows]
+    learner = rollout + 0.2 * (batch["logp"] - batch["old_logp"])[rows]
+    low, high = 0.8, 1.3
+    verl_rejection = {"token": "token_k1", "sequence": "seq_sum_k1", "sequence_mean": "seq_mean_k1"}.get(rejection)
+    proto, expected_mask, expected = rollout_corr_helper.compute_rollout_correction_and_rejection_mask(
+        old_log_prob=learner,
+        rollout_log_prob=rollout,
+        response_mask=mask,
+        rollout_is={"off": None, "icepop": "token"}.get(weights, weights),
+        rollout_is_threshold=f"{low}_{high}" if weights == "icepop" else high,
+        rollout_rs=verl_rejection,
+        # verl bounds p_rollout / p_learner.
+        rollout_rs_threshold=f"{1 / high}_{1 / low}" if verl_rejection else None,
+    )
+    done = correct(learner, rollout, mask, weights, (low, high), rejection, (low, high))
+    torch.testing.assert_close(done.keep.to(mask.dtype), expected_mask, **TOLERANCE)
+    if weights == "off":
+        assert done.weights is None
+    else:
+        torch.testing.assert_close(done.weights, proto.batch["rollout_is_weights"], **TOLERANCE)
+    shared = {name: value for name, value in done.metrics.items() if name in expected}
+    assert shared == pytest.approx({name: expected[name] for name in shared}, rel=1e-5, abs=1e-6)
+    assert set(done.metrics) - set(expected) == {name for name in done.metrics if name.startswith("training/")}
+    assert len(shared) >= 13
+
+
+def test_probability_differences() -> None:
+    batch = ragged_batch(1)
+    tensors = {
+        "rollout_log_probs": batch["old_logp"],
+        "old_log_probs": batch["logp"],
+        "response_mask": batch["mask"],
+        "responses": torch.zeros(batch["mask"].shape, dtype=torch.int64),
+    }
+    expected = calculate_debug_metrics(DataProto.from_dict(tensors=tensors))
+    metrics = correct(batch["logp"], batch["old_logp"], batch["mask"], "off", (1, 1), "off", (1, 1)).metrics
+    names = [name for name in metrics if name.startswith("training/")]
+    assert len(names) == 4
+    assert {name: metrics[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-6)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.conf.schema import AlgoConfig
+from slipstream.conf.schema import AlgoConfig, CorrectionConfig
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.batch import TrainSample, micro_batches, split_updates
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate
@@ -162,3 +162,47 @@ def test_loaded_weights_outlive_their_file(folder: str, tmp_path: Path) -> None:
     model = load_policy(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_correction_takes_the_ratio_against_the_learner(folder: str) -> None:
+    """Rollouts of a policy far away: without the correction the first update clips, with it nothing is clipped."""
+    stale = [
+        TrainSample(s.prompt, s.response, s.logprobs - np.float32(1.0), 1.0 + i) for i, s in enumerate(make_samples(5))
+    ]
+    plain = make_learner(folder).update(stale, 1)
+    assert plain["actor/pg_clipfrac"] == pytest.approx(1.0)
+    assert "rollout_corr/kl" not in plain
+    corrected = make_learner(folder, max_staleness_steps=1).update(stale, 1)
+    assert corrected["actor/pg_clipfrac"] == pytest.approx(0.0)
+    assert corrected["actor/ppo_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert corrected["rollout_corr/kl"] == pytest.approx(-1.0, abs=1e-4)
+    assert corrected["rollout_corr/rollout_is_mean"] == pytest.approx(2.0, abs=1e-4)
+    assert corrected["training/rollout_logprobs_diff_mean"] == pytest.approx(1.0, abs=1e-4)
+    # Every weight is the bound, 2: the loss is twice that of samples from the learner itself.
+    fresh = [TrainSample(s.prompt, s.response, s.logprobs + np.float32(1.0), s.advantage) for s in stale]
+    assert corrected["actor/pg_loss"] == pytest.approx(
+        2 * make_learner(folder).update(fresh, 1)["actor/pg_loss"], rel=1e-4
+    )
+
+
+def test_a_step_of_rejected_samples_changes_nothing(folder: str) -> None:
+    learner = make_learner(folder, correction=CorrectionConfig(rejection="sequence"))
+    stale = [TrainSample(s.prompt, s.response, s.logprobs - np.float32(5.0), 1.0) for s in make_samples(6)]
+    before = learner.weights()
+    metrics = learner.update(stale, 1)
+    assert metrics["actor/num_updates"] == 0
+    assert metrics["rollout_corr/rollout_rs_masked_fraction"] == 1.0
+    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("loss", ["gspo", "cispo"])
+def test_other_losses_move_towards_the_advantage(folder: str, loss: str) -> None:
+    samples = [
+        TrainSample(s.prompt, s.response, s.logprobs, 1.0 if i % 2 else -1.0) for i, s in enumerate(make_samples(1))
+    ]
+    learner = make_learner(folder, loss=loss, loss_agg="seq-mean-token-sum-norm", clip_ratio_high=9.0)
+    logprobs = [learner._logprobs(samples)]
+    learner.update(samples, step=1)
+    logprobs.append(learner._logprobs(samples))
+    gains = [after.mean() - before.mean() for before, after in zip(*logprobs, strict=True)]
+    assert sum(gain * s.advantage for gain, s in zip(gains, samples, strict=True)) > 0
