@@ -21,7 +21,8 @@ before it as long as (1) holds without it, and is waited for otherwise, so that 
 its due step has come or its place is needed.
 
 Over-sampling. `num_extra_groups` = k more slots let up to k groups more be in flight than (1) allows. In every `take`
-at most k groups are closed: what is in excess of (1) leaves untrained, the least finished groups first.
+at most k groups are closed: what is in excess of (1) leaves untrained, the least finished groups first. With S = 0 the
+extra slots, too, wait for the update: a group admitted while step v + 1 trains is due by v + S + 1, which has begun.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class WorkBuffer(Generic[T]):
     @property
     def num_free(self) -> int:
         """Groups that may be admitted now."""
+        if self._training and not self._staleness:
+            return 0
         slots = self.capacity - len(self._groups) - len(self._training)
         steps_left = self._last_step - self.next_step + 1
         return max(0, min(slots, steps_left * self._per_step + self._extra - len(self._groups)))

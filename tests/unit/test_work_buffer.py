@@ -74,6 +74,16 @@ def test_extra_groups_are_closed_and_their_late_samples_counted() -> None:
         buffer.finish(11, "again")
 
 
+def test_extra_groups_of_a_synchronous_step_wait_for_its_update() -> None:
+    buffer: WorkBuffer[str] = WorkBuffer(2, 0, last_step=9, num_extra_groups=1)
+    admit(buffer, 0, 1, 2)
+    finish(buffer, 0, 1, 2)
+    buffer.take()
+    assert buffer.num_free == 0, "a group admitted now would be stale when its step comes"
+    buffer.publish()
+    assert buffer.num_free == 3
+
+
 def test_nothing_is_admitted_that_no_step_will_train_on() -> None:
     buffer: WorkBuffer[str] = WorkBuffer(2, 5, last_step=2)
     assert buffer.num_free == 4
@@ -140,6 +150,20 @@ class AnyInterleaving(RuleBasedStateMachine):
             done = self.buffer.finish(uid, uid)
             assert (done is not None) == (not self.missing[number])
             assert done is None or sorted(done.results) == uids_of(number, self.samples)
+
+    @rule(share=st.sampled_from([0.5, 1.0]), newest_first=st.booleans())
+    def finish_many(self, share: float, newest_first: bool) -> None:
+        """Most steps of a job: whole groups come in, so that many steps are taken in one example."""
+        waiting = sorted((n for n in self.here() if self.missing[n]), reverse=newest_first)
+        for number in waiting[: round(share * len(waiting))]:
+            for uid in sorted(self.missing[number]):
+                self.buffer.finish(uid, uid)
+            self.missing[number] = set()
+
+    @rule()
+    def fill(self) -> None:
+        while self.buffer.num_free:
+            self.admit(1)
 
     @rule(data=st.data())
     def late_sample(self, data: st.DataObject) -> None:
