@@ -157,6 +157,19 @@ class AlgoConfig(Strict):
     max_staleness_steps: NonNegativeInt = Field(
         0, description="Updates a rollout's oldest policy may lag behind; 0: sampling and learning take turns."
     )
+    in_flight: Literal["continue", "recompute", "drain"] = Field(
+        "continue",
+        description="Unfinished rollouts when the weights change: keep their cache, recompute it, finish them first.",
+    )
+    num_extra_groups: NonNegativeInt = Field(
+        0, description="Groups started beyond what a step needs; the least finished are closed early, and counted."
+    )
+    filter_uniform_groups: bool = Field(
+        False, description="Replace groups whose rewards are all equal (DAPO's dynamic sampling), and count them."
+    )
+    max_refill_rounds: PositiveInt = Field(
+        4, description="A step replaces at most this many times its own number of groups; then they are kept."
+    )
     correction: CorrectionConfig = CorrectionConfig()
     kl_coef: NonNegativeFloat = Field(0.0, description="Weight of the KL to the initial policy; 0 holds no reference.")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -168,6 +181,11 @@ class AlgoConfig(Strict):
     adam_beta2: Share = 0.95
     grad_clip_norm: PositiveFloat = 1.0
     max_tokens_per_microbatch: PositiveInt = Field(8192, description="Padded tokens of one forward-backward pass.")
+
+    @property
+    def streams(self) -> bool:
+        """Whether rollouts are collected one by one, as they finish, instead of step by step."""
+        return self.max_staleness_steps > 0 or self.num_extra_groups > 0 or self.filter_uniform_groups
 
     @property
     def weights(self) -> Literal["off", "token", "sequence", "icepop"]:
@@ -265,6 +283,24 @@ class TrackingConfig(Strict):
     tags: list[str] = Field(default_factory=list)
 
 
+class EvaluationConfig(Strict):
+    """The validation prompts through the same workers, in between."""
+
+    every_steps: NonNegativeInt = Field(0, description="0: never; n: with the weights of every n-th step.")
+    at_start: bool = Field(False, description="Also with the initial policy (needs every_steps above 0).")
+    num_samples_per_prompt: PositiveInt = Field(1, description="Above 1: best@k and maj@k as well.")
+    temperature: float = Field(0.0, ge=0, le=5, description="0: greedy.")
+    max_prompts: PositiveInt | None = Field(None, description="The first so many validation prompts; null: all.")
+
+
+class WatchdogConfig(Strict):
+    """Ends a job that does not get on, and writes down where everybody is."""
+
+    timeout_s: NonNegativeFloat = Field(
+        3600.0, description="Seconds without a finished rollout, update or step; 0 turns the watchdog off."
+    )
+
+
 class CheckpointConfig(Strict):
     """What survives a crash."""
 
@@ -299,6 +335,8 @@ class Settings(Strict):
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     proof: ProofConfig = ProofConfig()
 
     @model_validator(mode="after")

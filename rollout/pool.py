@@ -24,6 +24,8 @@ from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
 
 Routing = Literal["sample", "group"]
+WATCH_GROUP = "watch"
+"""Calls of this concurrency group have a thread of their own: they are answered while everything else is stuck."""
 
 
 class PoolError(EngineError):
@@ -84,15 +86,36 @@ def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: fl
         raise PoolError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
+def dump_stacks(actors: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
+    """Asks actors that have a method `stacks` for their threads' stacks. Never raises, never waits longer."""
+    refs = {name: actor.stacks.options(concurrency_group=WATCH_GROUP).remote() for name, actor in actors.items()}
+    done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
+    out = {}
+    for name, ref in refs.items():
+        try:
+            out[name] = ray.get(ref) if ref in done else f"no answer within {timeout_s:g} s: stopped, dead or in C code"
+        except RayError as error:
+            out[name] = " ".join(str(error).split())[:300]
+    return out
+
+
 class RolloutPool:
     """`num_workers` Ray actors with the same spec."""
+
+    actor_class: type[RolloutWorker] = RolloutWorker
+    max_concurrency = 1
 
     def __init__(
         self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float, routing: Routing = "sample"
     ) -> None:
         self._routing = routing
         # Any: the actor handle's methods exist only at run time.
-        actor: Any = ray.remote(RolloutWorker).options(num_cpus=num_cpus, num_gpus=num_gpus)
+        actor: Any = ray.remote(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_concurrency=self.max_concurrency,
+            concurrency_groups={WATCH_GROUP: 1},
+        )(self.actor_class)
         self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
         self._names = [f"rollout worker {i}" for i in range(num_workers)]
 
@@ -117,6 +140,10 @@ class RolloutPool:
             wait_for(refs, [self._names[i] for i in readers], "sharing the index", timeout_s)
             num_readers += len(readers)
         return num_readers
+
+    def dump_stacks(self, timeout_s: float) -> dict[str, str]:
+        """The stacks of all threads of every worker, by name; who does not answer in time is said so."""
+        return dump_stacks(dict(zip(self._names, self._workers, strict=True)), timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets the workers remove what they put into shared memory; one that does not answer in time is left alone."""

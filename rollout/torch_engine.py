@@ -44,6 +44,7 @@ class TorchEngine:
     max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
     context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
     drafter, budget: both or neither. cuda_graphs, compile, batch_invariant: see runner_choice.make_runner.
+    drafter, budget: both or neither. admitting: false keeps queued requests waiting; the live ones go on.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TorchEngine:
         self.max_forward_tokens, self.max_draft_tokens = max_forward_tokens, max_draft_tokens
         self.drafter, self.budget = drafter, budget
         self.policy_version = policy_version
+        self.admitting = True
         # One slot more than requests: the padding tokens of a pass live there.
         self.cache = SlotKVCache(config.num_hidden_layers, max_live_requests + 1, self.max_len, self.kernels)
         self.table = SlotTable(max_live_requests, self.max_len)
@@ -142,9 +144,14 @@ class TorchEngine:
         """Requests queued or live, and refused ones not yet returned."""
         return len(self._queue) + len(self.table.order) + len(self._refused)
 
+    @property
+    def num_live(self) -> int:
+        """Requests that hold a slot of the KV cache."""
+        return len(self.table.order)
+
     def _admit(self) -> None:
         waiting: list[Request] = []
-        while self._queue and self.table.num_free:
+        while self.admitting and self._queue and self.table.num_free:
             request = self._queue.popleft()
             if self.prefixes.must_wait(request):
                 waiting.append(request)
@@ -319,6 +326,10 @@ class TorchEngine:
         self._weights.copy_from(weights, version)
         self.policy_version = version
         self.prefixes.forget()
+
+    def recompute_live(self) -> None:
+        """Drops the keys and values of the live requests: they are computed again, under the weights served now."""
+        self.table.cached[self.table.order] = 0
 
     def update_draft(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """History drafters have no weights: nothing to do."""

@@ -23,6 +23,7 @@ from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import BudgetPolicy, FixedBudget, OffBudget, TailBudget
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.model_loader import default_device, load_policy
+from slipstream.rollout.stacks import thread_stacks
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout
 
@@ -149,6 +150,10 @@ class RolloutWorker:
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
+
+    def stacks(self) -> str:
+        """Where every thread of this process is, innermost call last."""
+        return thread_stacks()
 
     def close(self) -> None:
         """Removes what this worker has put into shared memory."""

@@ -34,7 +34,8 @@ _log = logging.getLogger(__name__)
 class JobState:
     """history: the drafter's memory; log: the same on disk, and what fell out of the window since; step: last finished
     training step; predicted_lengths: expected response tokens per prompt_id; wandb_run_id: the run to continue;
-    acceptance: what was observed of the drafts."""
+    acceptance: what was observed of the drafts; next_group: the first group of the job that was never started;
+    outstanding_groups: started, but not trained on, dropped or closed: a resumed job starts them again, same uids."""
 
     history: HistoryLog
     log: TokenLog
@@ -42,6 +43,8 @@ class JobState:
     predicted_lengths: dict[str, float] = field(default_factory=dict)
     wandb_run_id: str | None = None
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    next_group: int = 0
+    outstanding_groups: list[int] = field(default_factory=list)
 
     @classmethod
     def start(cls, run_dir: Path, window_epochs: int) -> JobState:
@@ -84,6 +87,8 @@ class JobState:
             "wandb_run_id": self.wandb_run_id,
             "log_end": self.log.position,
             "acceptance": self.acceptance.to_arrays(),
+            "next_group": self.next_group,
+            "outstanding_groups": self.outstanding_groups,
         }
         (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -103,7 +108,8 @@ class JobState:
             segment, offset = state["log_end"]
             end = LogPosition(int(segment), int(offset))
             acceptance = AcceptanceModel.from_arrays(state["acceptance"])
-            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], acceptance
+            groups = int(state["next_group"]), [int(number) for number in state["outstanding_groups"]]
+            rest = state["step"], state["predicted_lengths"], state["wandb_run_id"], acceptance, *groups
         except KeyError as error:
             raise CheckpointError(f"{path} cannot be read: it has no {error}") from error
         except (OSError, ValueError, TypeError) as error:

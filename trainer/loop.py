@@ -1,8 +1,10 @@
-"""The synchronous loop: rollouts, rewards, update, weights, history; one step after the other.
+"""The training loop: samples, update, weights, history, one step after the other.
 
 Invariants
-- Step s samples with the weights of version s - 1; the tokens of a step are a pure function of those weights, the run
-  seed and the prompts, so a resumed job repeats what the killed one would have done.
+- Where the samples come from is the source's business: step by step (token-identical whatever runs them), or running
+  ahead within algo.max_staleness_steps.
+- With algo.max_staleness_steps=0 step s samples with the weights of version s - 1, and a resumed job repeats what the
+  killed one would have done.
 - A step is logged before the next one starts; a checkpoint holds the state after a whole step.
 - A proof step replays the same requests with drafting off before the weights move, and changes nothing.
 """
@@ -22,24 +24,20 @@ import numpy as np
 
 from slipstream.conf.schema import Settings
 from slipstream.rollout.engine import EngineError
-from slipstream.rollout.types import Request, Rollout, Sampling
+from slipstream.rollout.types import Rollout, Sampling
 from slipstream.trainer import checkpoint
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.data.prompts import PromptSet, load_prompts
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import TOKENIZER_FILES, ChatTokenizer, load_tokenizer
 from slipstream.trainer.errors import ClusterError, SlipstreamError, StalledError
+from slipstream.trainer.evaluation import Evaluation
 from slipstream.trainer.job_state import JobState
 from slipstream.trainer.progress import format_progress, format_summary
 from slipstream.trainer.report import write_report
-from slipstream.trainer.samples import (
-    make_requests,
-    rollout_records,
-    sample_metrics,
-    score_step,
-    speculation_metrics,
-)
+from slipstream.trainer.samples import rollout_records, sample_metrics, speculation_metrics
 from slipstream.trainer.tracking import Tracker, read_jsonl
+from slipstream.trainer.watchdog import ANSWER_TIMEOUT_S, Watchdog
 
 INTERRUPTED = 130
 _IMPORTED_AT = time.perf_counter()
@@ -96,18 +94,23 @@ def _run_on_ray(
     tracker = Tracker(run_dir, settings.model_dump(mode="json"), settings.tracking, state.wandb_run_id)
     state.wandb_run_id = tracker.wandb_run_id
     exit_code = 1
+    watchdog = Watchdog(settings.watchdog.timeout_s, run_dir)
     try:
         if resume:
             tracker.truncate_after(state.step)
         with ray_cluster(settings.cluster):
-            loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state)
+            loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state, watchdog)
             try:
                 loop.start(found)
-                loop.run()
+                # The start has a deadline of its own.
+                with watchdog:
+                    loop.run()
             finally:
                 loop.close()
         exit_code = 0
     except KeyboardInterrupt:
+        if watchdog.stalled is not None:
+            raise StalledError(watchdog.stalled) from None
         print(
             f"\ninterrupted after step {state.step}; carry on: slipstream train --resume {run_dir}",
             file=sys.stderr,
@@ -136,6 +139,7 @@ class TrainLoop:
         scorer: RewardScorer,
         tracker: Tracker,
         state: JobState,
+        watchdog: Watchdog,
     ) -> None:
         self.settings, self.run_dir, self.state = settings, run_dir, state
         self.tokenizer, self.prompts, self.scorer, self.tracker = tokenizer, prompts, scorer, tracker
@@ -148,10 +152,13 @@ class TrainLoop:
             seed=settings.run.seed,
             stop_token_ids=tokenizer.stop_token_ids,
         )
+        self.watchdog = watchdog
+        self.evaluation = Evaluation(settings.evaluation, prompts.validation, self.sampling, scorer, tokenizer)
         self._model_path = model_path
         self._step_seconds: list[float] = []
         self._pool: Any = None
-        self._proof_steps = settings.proof.steps(settings.algo.num_steps)
+        self._source: Any = None
+        self._proof_steps = range(0) if settings.algo.streams else settings.proof.steps(settings.algo.num_steps)
 
     # ---- start
 
@@ -159,22 +166,43 @@ class TrainLoop:
         """Starts the actors, waits for them together, restores a checkpoint."""
         import ray
 
-        from slipstream.rollout.pool import RolloutPool, wait_for
+        from slipstream.rollout.pool import WATCH_GROUP, RolloutPool, dump_stacks, wait_for
+        from slipstream.rollout.streaming_pool import StreamingPool
         from slipstream.trainer.cluster import learner_spec, worker_spec
         from slipstream.trainer.policy import PolicyLearner
+        from slipstream.trainer.rollout_source import SourceContext, SyncSource
+        from slipstream.trainer.streaming_source import StreamingSource
 
         cluster, deadline = self.settings.cluster, self.settings.cluster.start_timeout_s
-        longest = max(len(prompt.tokens) for prompt in self.prompts.train)
+        evaluated = self.prompts.validation if self.settings.evaluation.every_steps else []
+        longest = max(len(prompt.tokens) for prompt in [*self.prompts.train, *evaluated])
         spec = worker_spec(self.settings, self._model_path, longest)
-        self._pool = RolloutPool(
+        streams = self.settings.algo.streams
+        pool_class = StreamingPool if streams else RolloutPool
+        self._pool = pool_class(
             spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.routing
         )
-        options = {"num_cpus": cluster.cpus_for_learner, "num_gpus": cluster.gpus_for_learner}
-        actor: Any = ray.remote(PolicyLearner).options(**options)
+        options: dict[str, Any] = {"num_cpus": cluster.cpus_for_learner, "num_gpus": cluster.gpus_for_learner}
+        actor: Any = ray.remote(**options, concurrency_groups={WATCH_GROUP: 1})(PolicyLearner)
         self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
-        self._wait = wait_for
+        context = SourceContext(
+            self.settings,
+            self.prompts,
+            self.order,
+            self.sampling,
+            self.scorer,
+            self.tokenizer,
+            self.state,
+            self.watchdog,
+        )
+        self._source = StreamingSource(self._pool, context) if streams else SyncSource(self._pool, context)
+        self.watchdog.describe(self._source.describe)
+        learner = {"the policy learner": self._learner}
+        self.watchdog.describe(lambda: _sections(self._pool.dump_stacks(ANSWER_TIMEOUT_S / 2)))
+        self.watchdog.describe(lambda: _sections(dump_stacks(learner, ANSWER_TIMEOUT_S / 2)))
         facts = self._pool.ready(deadline)[0]
-        self._ask(self._learner.ready.remote(), "start", deadline)
+        # Not through the source, which would start rollouts: indexes are shared, and a checkpoint is read, before that.
+        wait_for([self._learner.ready.remote()], ["the policy learner"], "start", deadline)
         if self.settings.drafter.name == "suffix" and self.settings.drafter.share_index:
             self._pool.share_indexes(deadline)
         print(
@@ -184,7 +212,7 @@ class TrainLoop:
         print(f"run folder: {self.run_dir}")
         self._startup_s: float | None = process_age_s()
         if resumed_from is not None:
-            self._ask(self._learner.load.remote(str(resumed_from)), "checkpoint", deadline)
+            wait_for([self._learner.load.remote(str(resumed_from))], ["the policy learner"], "checkpoint", deadline)
             self._publish_weights()
             records = sorted(self.state.history, key=lambda record: record.step)
             self._pool.publish(self.state.step, records, self.state.acceptance, deadline)
@@ -195,22 +223,26 @@ class TrainLoop:
             self._pool.close()
 
     def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
-        return self._wait([ref], ["the policy learner"], what, timeout_s)[0]
+        result = self._source.wait(ref, "the policy learner", what, timeout_s)
+        self.watchdog.progress(what)
+        return result
 
     def _publish_weights(self) -> None:
-        timeout_s = self.settings.cluster.update_timeout_s
         # The object reference goes from the learner to the workers; the driver never holds the weights.
-        self._pool.update_policy(self._learner.weights.remote(), self.state.step, timeout_s)
+        self._source.publish_weights(self._learner.weights.remote(), self.state.step)
+        self.watchdog.progress(f"weights of version {self.state.step}")
 
     # ---- steps
 
     def run(self) -> None:
         """All remaining steps, and a checkpoint at the end."""
-        num_steps = self.settings.algo.num_steps
+        num_steps, every = self.settings.algo.num_steps, self.settings.checkpoint.every_steps
+        early = self._evaluate(0) if self.state.step == 0 and self.settings.evaluation.at_start else {}
         while self.state.step < num_steps:
             started = time.perf_counter()
-            metrics = self.step(self.state.step + 1)
-            every = self.settings.checkpoint.every_steps
+            metrics, early = early | self.step(self.state.step + 1), {}
+            if self.state.step == num_steps:
+                metrics |= self._source.finish()
             if self.state.step == num_steps or (every and self.state.step % every == 0):
                 metrics["timing_s/save_checkpoint"] = self._save()
             metrics["timing_s/step"] = time.perf_counter() - started
@@ -220,25 +252,22 @@ class TrainLoop:
             self.tracker.log(metrics, self.state.step)
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
             print(format_progress(self.state.step, num_steps, metrics, left), flush=True)
+            self.watchdog.progress(f"step {self.state.step}")
 
     def step(self, step: int) -> dict[str, float]:
         """One training step; returns its metrics. Advances the state."""
-        settings, timeout_s = self.settings, self.settings.cluster.rollout_timeout_s
-        prompts = [self.prompts.train[i] for i in self.order.indices(step)]
-        requests = make_requests(prompts, step, settings.sampling.num_samples_per_prompt, self.sampling)
+        collected = self._source.collect(step)
+        scored = collected.scored
+        metrics = speculation_metrics(scored.rollouts, collected.stats) | collected.metrics
+        metrics |= self.state.observe_acceptance(collected.acceptance)
         clock = _Clock()
-        result = self._pool.generate(requests, self.state.predicted_lengths, timeout_s)
-        clock.lap("gen")
-        metrics = speculation_metrics(result.rollouts, result.stats)
-        metrics |= self.state.observe_acceptance(result.acceptance)
         if step in self._proof_steps:
-            metrics |= self._prove(requests, result.rollouts, clock.seconds["timing_s/gen"])
+            metrics |= self._prove(scored.rollouts, collected.gen_s)
             clock.lap("proof")
-        scored = score_step(prompts, result.rollouts, self.scorer, self.tokenizer, settings.algo.advantage)
-        clock.lap("reward")
         for reason, count in scored.reasons.items():
             print(f"step {step}: {count} samples left out of the loss: {reason}", file=sys.stderr)
         metrics |= sample_metrics(scored, self.sampling.max_new_tokens)
+        clock.restart()
         metrics |= self._update(scored.train_samples(), step)
         clock.lap("update_actor")
         self.state.step = step
@@ -246,22 +275,28 @@ class TrainLoop:
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)
-        self._pool.publish(step, history, self.state.acceptance, timeout_s)
+        self._source.publish_history(step, history, self.state.acceptance)
         clock.lap("publish")
-        self._observe_lengths(result.rollouts)
-        self.tracker.log_rollouts(rollout_records(scored, step, settings.sampling.num_samples_per_prompt))
-        tokens = sum(len(rollout.tokens) for rollout in result.rollouts)
-        return (
-            metrics
-            | clock.seconds
-            | {
-                "perf/throughput": tokens / clock.seconds["timing_s/gen"],
-                "perf/total_num_tokens": float(tokens),
-                "perf/worker_idle_share": 1.0 - sum(result.busy_s) / (max(result.busy_s) * len(result.busy_s)),
-                "training/global_step": float(step),
-                "training/epoch": float(self.order.epoch(step)),
-            }
-        )
+        if self.settings.evaluation.every_steps:
+            metrics |= self._evaluate(step)
+            clock.lap("testing")
+        self._observe_lengths(scored.rollouts)
+        self.tracker.log_rollouts(rollout_records(scored, step, self.settings.sampling.num_samples_per_prompt))
+        tokens = sum(len(rollout.tokens) for rollout in scored.rollouts)
+        rates = {
+            "perf/throughput": tokens / collected.gen_s,
+            "perf/total_num_tokens": float(tokens),
+            "training/global_step": float(step),
+            "training/epoch": float(collected.epoch),
+        }
+        return metrics | clock.seconds | rates
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Metrics of the evaluations that have ended; starts one where it is due."""
+        every = self.settings.evaluation.every_steps
+        if step % every and step:
+            return self.evaluation.ended()
+        return self._source.evaluate(self.evaluation, step)
 
     def _update(self, samples: list[Any], step: int) -> dict[str, float]:
         if not samples:
@@ -277,10 +312,9 @@ class TrainLoop:
 
     # ---- proof
 
-    def _prove(self, requests: list[Request], drafted: list[Rollout], seconds_on: float) -> dict[str, float]:
+    def _prove(self, drafted: list[Rollout], seconds_on: float) -> dict[str, float]:
         started = time.perf_counter()
-        timeout_s = self.settings.cluster.rollout_timeout_s
-        plain = self._pool.generate(requests, self.state.predicted_lengths, timeout_s, speculate=False).rollouts
+        plain = self._source.replay(drafted)
         seconds_off = time.perf_counter() - started
         compared, different = compare_tokens(drafted, plain)
         return {
@@ -301,6 +335,7 @@ class TrainLoop:
             for name in TOKENIZER_FILES:
                 if (self.tokenizer.folder / name).is_file():
                     shutil.copy(self.tokenizer.folder / name, folder / "policy" / name)
+            self.state.next_group, self.state.outstanding_groups = self._source.position()
             self.state.save(folder)
 
         checkpoint.save(self.run_dir, self.state.step, write, self.settings.checkpoint.keep_last)
@@ -332,6 +367,10 @@ def process_age_s() -> float:
         return time.perf_counter() - _IMPORTED_AT
 
 
+def _sections(texts: dict[str, str]) -> str:
+    return "\n\n".join(f"{name}, {text}" for name, text in texts.items())
+
+
 class _Clock:
     """Wall seconds of consecutive parts, under verl's timing_s/ names."""
 
@@ -339,6 +378,11 @@ class _Clock:
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
+    def restart(self) -> None:
+        """What lies behind belongs to no part."""
+        self._last = time.perf_counter()
+
     def lap(self, name: str) -> None:
+        """The part that ends now."""
         now = time.perf_counter()
         self.seconds[f"timing_s/{name}"], self._last = now - self._last, now

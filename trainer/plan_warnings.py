@@ -65,6 +65,11 @@ def _speculation(settings: Settings) -> list[str]:
     warnings = []
     if drafter.name != "off" and budget.name == "off":
         warnings.append(f"budget.name=off: the {drafter.name} drafter learns, but nothing is drafted")
+    if proof.every_steps and settings.algo.streams:
+        warnings.append(
+            f"proof.every_steps={proof.every_steps} is not followed: rollouts that are collected as they finish "
+            "(algo.max_staleness_steps, algo.num_extra_groups, algo.filter_uniform_groups) cannot be replayed"
+        )
     if proof.every_steps and not drafting:
         warnings.append(f"proof.every_steps={proof.every_steps} replays steps in which nothing is drafted")
     if proof.every_steps and not proof.steps(settings.algo.num_steps):

@@ -17,6 +17,7 @@ import torch
 
 from slipstream.conf.schema import AlgoConfig
 from slipstream.rollout.model_loader import default_device, load_policy
+from slipstream.rollout.stacks import thread_stacks
 from slipstream.trainer.batch import MicroBatch, TrainSample, micro_batches, split_updates
 from slipstream.trainer.checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
 from slipstream.trainer.correction import correct_samples
@@ -162,6 +163,10 @@ class PolicyLearner:
             metrics["actor/kl_loss"] = kl.detach()
             loss = loss + algo.kl_coef * kl
         return loss, metrics
+
+    def stacks(self) -> str:
+        """Where every thread of this process is, innermost call last."""
+        return thread_stacks()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The current policy, to be published under the next version."""

@@ -107,7 +107,7 @@ def _proof_table(records: Sequence[Record]) -> list[str]:
     """A row per replayed step and one of totals."""
     proofs = proof_records(records)
     if not proofs:
-        return ["proof replays: none (proof.every_steps=0 turns them off)"]
+        return ["proof replays: none (proof.every_steps=0, or rollouts that run ahead and cannot be replayed)"]
     lines = [
         "proof replays: the same requests with and without speculation",
         f"{'step':>6}  {'with':>10}  {'without':>10}  {'ratio':>7}  {'tokens compared':>15}  {'different':>9}",

@@ -32,6 +32,9 @@ FIXED_ON_RESUME = (
     "data",
     "sampling",
     "algo.num_prompts_per_step",
+    "algo.max_staleness_steps",
+    "algo.num_extra_groups",
+    "algo.filter_uniform_groups",
 )
 """Keys and sections that decide which tokens a run samples, or which run it is."""
 

@@ -7,8 +7,8 @@ with its reason and left out of the loss, and the job goes on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,22 @@ from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from slipstream.trainer.advantages import Advantage, GroupCounts, compute_advantages
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.data.prompts import Prompt
-from slipstream.trainer.data.rewards import RewardScorer
+from slipstream.trainer.data.rewards import RewardScorer, Score
 from slipstream.trainer.data.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredStep:
     """The samples of one step: rewards and advantages [N], NaN reward and advantage 0 where left out; reasons counts
-    why samples were left out."""
+    why samples were left out. prompts: by Request.group. untrained: rollouts of dropped groups, with their rewards."""
 
-    prompts: list[Prompt]
+    prompts: Mapping[int, Prompt]
     rollouts: list[Rollout]
     rewards: np.ndarray
     advantages: np.ndarray
     counts: GroupCounts
     reasons: Counter[str]
+    untrained: list[tuple[Rollout, float]] = field(default_factory=list)
 
     def train_samples(self) -> list[TrainSample]:
         """What the learner gets: every sample that has a reward."""
@@ -54,7 +55,7 @@ class ScoredStep:
                 reward=float(reward),
                 version=int(r.policy_versions[-1]) if len(r.policy_versions) else -1,
             )
-            for r, reward in zip(self.rollouts, self.rewards, strict=True)
+            for r, reward in [*zip(self.rollouts, self.rewards, strict=True), *self.untrained]
             if r.finish in ("stop", "length")
         ]
 
@@ -62,37 +63,68 @@ class ScoredStep:
 def make_requests(prompts: Sequence[Prompt], step: int, num_samples: int, sampling: Sampling) -> list[Request]:
     """The requests of one step: group i is prompt i, with `num_samples` samples."""
     return [
-        Request(request_uid(sampling.seed, step, group, sample), prompt.prompt_id, group, prompt.tokens, sampling)
+        request
         for group, prompt in enumerate(prompts)
+        for request in group_requests(prompt, step, group, num_samples, sampling, group)
+    ]
+
+
+def group_requests(
+    prompt: Prompt, step: int, place: int, num_samples: int, sampling: Sampling, group: int
+) -> list[Request]:
+    """One group: the samples of place `place` of step `step`, labelled `group`."""
+    return [
+        Request(request_uid(sampling.seed, step, place, sample), prompt.prompt_id, group, prompt.tokens, sampling)
         for sample in range(num_samples)
     ]
 
 
-def score_step(
-    prompts: Sequence[Prompt],
-    rollouts: list[Rollout],
-    scorer: RewardScorer,
-    tokenizer: ChatTokenizer,
-    advantage: Advantage,
+def score_rollout(prompt: Prompt, rollout: Rollout, scorer: RewardScorer, tokenizer: ChatTokenizer) -> Score:
+    """The reward of one rollout, or why it has none."""
+    if rollout.finish in ("abort", "error"):
+        return Score(None, rollout.error or "aborted")
+    return scorer.score(prompt, response_text(rollout, tokenizer))
+
+
+def response_text(rollout: Rollout, tokenizer: ChatTokenizer) -> str:
+    """The response without its stop token."""
+    ended = rollout.finish == "stop" and rollout.tokens[-1] in rollout.request.sampling.stop_token_ids
+    return tokenizer.decode((rollout.tokens[:-1] if ended else rollout.tokens).tolist())
+
+
+def scored_step(
+    prompts: Mapping[int, Prompt], rollouts: list[Rollout], scores: Sequence[Score], advantage: Advantage
 ) -> ScoredStep:
-    """Rewards and group advantages. prompts: one per group, indexed by Request.group."""
-    rewards = np.full(len(rollouts), np.nan)
-    reasons: Counter[str] = Counter()
-    for i, rollout in enumerate(rollouts):
-        if rollout.finish in ("abort", "error"):
-            reasons[rollout.error or "aborted"] += 1
-            continue
-        stops = rollout.request.sampling.stop_token_ids
-        tokens = rollout.tokens[:-1] if rollout.finish == "stop" and rollout.tokens[-1] in stops else rollout.tokens
-        score = scorer.score(prompts[rollout.request.group], tokenizer.decode(tokens.tolist()))
-        if score.value is None:
-            reasons[score.error] += 1
-        else:
-            rewards[i] = score.value
+    """Group advantages of scored rollouts. prompts: by Request.group."""
+    rewards = np.array([np.nan if score.value is None else score.value for score in scores], np.float64)
+    reasons = Counter(score.error for score in scores if score.value is None)
     groups = np.array([rollout.request.group for rollout in rollouts])
     lengths = np.array([len(rollout.tokens) for rollout in rollouts])
     advantages, counts = compute_advantages(advantage, rewards, groups, lengths)
-    return ScoredStep(list(prompts), rollouts, rewards, advantages, counts, reasons)
+    return ScoredStep(prompts, rollouts, rewards, advantages, counts, reasons)
+
+
+def staleness_metrics(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
+    """How many updates the samples of step `step` lag behind the policy it starts from, under verl's names.
+
+    trajectory_spans: versions a rollout was sampled by (1: a single one); trajectory_staleness: lag of its newest
+    token; trajectory_staleness_worst: lag of its oldest.
+    """
+    versions = [r.policy_versions for r in rollouts if len(r.policy_versions)]
+    if not versions:
+        return {}
+    newest = np.array([int(v.max()) for v in versions])
+    oldest = np.array([int(v.min()) for v in versions])
+    values = {
+        "trajectory_spans": newest - oldest + 1,
+        "trajectory_staleness": (step - 1) - newest,
+        "trajectory_staleness_worst": (step - 1) - oldest,
+    }
+    return {
+        f"training/off_policy/{name}/{statistic}": float(getattr(value, statistic)())
+        for name, value in values.items()
+        for statistic in ("mean", "max", "min")
+    }
 
 
 def sample_metrics(scored: ScoredStep, max_new_tokens: int) -> dict[str, float]:

@@ -115,7 +115,7 @@ class WorkBuffer(Generic[T]):
     @property
     def num_free(self) -> int:
         """Groups that may be admitted now."""
-        if self._training and not self._staleness:
+        if (self._training and not self._staleness) or self.next_step > self._last_step:
             return 0
         slots = self.capacity - len(self._groups) - len(self._training)
         steps_left = self._last_step - self.next_step + 1

@@ -77,7 +77,7 @@ def test_the_summary_sets_both_ways_side_by_side() -> None:
 def test_the_summary_of_a_short_job_without_proofs() -> None:
     records = [{"step": 1, "critic/rewards/mean": 0.25}, {"step": 2, "critic/rewards/mean": None}]
     assert format_summary(records).splitlines() == [
-        "proof replays: none (proof.every_steps=0 turns them off)",
+        "proof replays: none (proof.every_steps=0, or rollouts that run ahead and cannot be replayed)",
         "reward: 0.250 in the first step, 0.250 in the last step",
     ]
     assert format_summary([]).endswith("reward: n/a")

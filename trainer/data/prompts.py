@@ -94,6 +94,10 @@ class PromptOrder:
         parts = [self._epoch_order(e)[places[epochs == e] % self.num_prompts] for e in np.unique(epochs)]
         return np.concatenate(parts)
 
+    def at(self, number: int) -> int:
+        """Index of the prompt of group 0, 1, ... of the whole job: step s begins with group (s - 1) * num_per_step."""
+        return int(self.indices(number // self.num_per_step + 1)[number % self.num_per_step])
+
     def epoch(self, step: int) -> int:
         """The epoch, from 0, of the first prompt of step 1, 2, ..."""
         return self._first(step) // self.num_prompts

@@ -1,0 +1,77 @@
+"""Ends a job that does not get on, after it wrote down where everybody is.
+
+Invariants
+- As long as `progress` is called at least every timeout_s seconds nothing happens, and nothing is asked of anybody.
+- A stall leaves `stall.txt` in the run folder, written before the job ends, even when no actor answers: what happened
+  last, the stacks of the driver and of every actor, and what the source says is in flight.
+- One stall is reported once; the main thread is interrupted wherever it waits.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from slipstream.rollout.stacks import thread_stacks
+
+STALL_FILE = "stall.txt"
+ANSWER_TIMEOUT_S = 10.0
+"""How long the actors have to answer."""
+
+
+class Watchdog:
+    """A thread that watches the time since the last progress; a context manager."""
+
+    def __init__(self, timeout_s: float, run_dir: Path, interrupt: Callable[[], None] = _thread.interrupt_main) -> None:
+        """timeout_s: 0 never barks. interrupt: what ends the job, by default a KeyboardInterrupt in the main thread."""
+        self._timeout_s, self._file, self._interrupt = timeout_s, Path(run_dir) / STALL_FILE, interrupt
+        self._last, self._what = time.monotonic(), "the start"
+        self._describe: list[Callable[[], str]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.stalled: str | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout_s > 0:
+            self._last = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * ANSWER_TIMEOUT_S)
+
+    def progress(self, what: str) -> None:
+        """Something finished. Cheap, from any thread."""
+        self._last, self._what = time.monotonic(), what
+
+    def describe(self, function: Callable[[], str]) -> None:
+        """Adds a part to the report; `function` must answer within ANSWER_TIMEOUT_S and may fail."""
+        self._describe.append(function)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._timeout_s / 4)):
+            silent_s = time.monotonic() - self._last
+            if silent_s > self._timeout_s:
+                self.stalled = (
+                    f"no progress for {silent_s:.0f} s (watchdog.timeout_s={self._timeout_s:g}); the last was "
+                    f"{self._what}; who waits for whom: {self._file}"
+                )
+                self._write()
+                self._interrupt()
+                return
+
+    def _write(self) -> None:
+        parts = [str(self.stalled), f"driver, {thread_stacks()}"]
+        self._file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        for function in self._describe:
+            try:
+                parts.append(function())
+            except Exception as error:  # a report with a gap is better than none
+                parts.append(f"{type(error).__name__}: {error}")
+        self._file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
