@@ -1,7 +1,7 @@
 """`slipstream bench NAME`: asks one of the experiments its question and writes down the answer.
 
 Invariants: a bench is a folder of slipstream.experiments with a module run.py that has
-`add_arguments(parser)` and `run(args) -> dict`; listing benches imports none of them; a written result
+`add_arguments(parser)` and `run(args) -> dict`, named like the folder or by a constant NAME of run.py; listing benches imports none of them; a written result
 always tells the hardware, the commit and the command that made it.
 """
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     name = argv[0]
     if name not in benches:
         raise ConfigError(f"bench {name}: no such bench; {_allowed(name, list(benches))}")
-    module = import_module(f"slipstream.experiments.{name}.run")
+    module = import_module(f"slipstream.experiments.{_runs()[name].parent.name}.run")
     parser = OneLineParser(prog=f"slipstream bench {name}", description=benches[name], allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result, hardware and commit here")
     module.add_arguments(parser)
@@ -54,9 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def find_benches() -> dict[str, str]:
     """Name and question (first line of run.py's docstring) of every bench, in alphabetical order."""
-    folders = [Path(folder) for folder in slipstream.experiments.__path__]
-    runs = sorted(path for folder in folders for path in folder.glob("*/run.py"))
-    return {path.parent.name: _first_line(path) for path in runs}
+    return {name: _first_line(path) for name, path in _runs().items()}
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -101,6 +99,20 @@ def _listing(benches: dict[str, str]) -> str:
     width = max((len(name) for name in benches), default=0)
     lines = [f"  {name:<{width}}  {question}" for name, question in benches.items()]
     return "\n".join(["usage: slipstream bench NAME [--json PATH] [options of NAME]", "", "benches:", *lines])
+
+
+def _runs() -> dict[str, Path]:
+    """run.py of every bench, by the bench's name."""
+    folders = [Path(folder) for folder in slipstream.experiments.__path__]
+    runs = {_name(path): path for folder in folders for path in folder.glob("*/run.py")}
+    return dict(sorted(runs.items()))
+
+
+def _name(path: Path) -> str:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["NAME"]:
+            return str(ast.literal_eval(node.value))
+    return path.parent.name
 
 
 def _first_line(path: Path) -> str:

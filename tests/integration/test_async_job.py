@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -106,7 +107,8 @@ def test_a_hung_worker_ends_the_job_with_everybodys_stacks(tmp_path: Path) -> No
         _, errors = job.communicate(timeout=DEADLINE_S)
     finally:
         for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
     done = subprocess.CompletedProcess(job.args, job.returncode, "", errors)
     one_line(done, "no progress for", "watchdog.timeout_s=8", "stall.txt")
     text = (tmp_path / "runs" / "hung" / "stall.txt").read_text()

@@ -1,0 +1,1 @@
+"""Steps per hour of a job whose rollouts run ahead of the learner; see run.py."""
