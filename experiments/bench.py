@@ -1,8 +1,9 @@
 """`slipstream bench NAME`: asks one of the experiments its question and writes down the answer.
 
 Invariants: a bench is a folder of slipstream.experiments with a module run.py that has
-`add_arguments(parser)` and `run(args) -> dict`, named like the folder or by a constant NAME of run.py; listing benches imports none of them; a written result
-always tells the hardware, the commit and the command that made it.
+`add_arguments(parser)` and `run(args) -> dict`, named like the folder or by a constant NAME of run.py;
+listing benches imports none of them; a written result always tells the hardware, the commit and the command
+that made it.
 """
 
 from __future__ import annotations
