@@ -355,6 +355,15 @@ class Settings(Strict):
                 f"reward.function={self.reward.function} and reward.rule={self.reward.rule}; "
                 "a function of your own needs reward.rule=custom"
             )
+        if self.evaluation.every_steps and self.data.source == "parquet" and not self.data.validation_path:
+            raise ValueError(
+                f"evaluation.every_steps={self.evaluation.every_steps} and data.validation_path is null; "
+                "an evaluation needs validation prompts"
+            )
+        if self.evaluation.at_start and not self.evaluation.every_steps:
+            raise ValueError(
+                "evaluation.at_start=true and evaluation.every_steps=0; allowed: every_steps of at least 1"
+            )
         if self.sampling.num_samples_per_prompt < 2:
             raise ValueError("sampling.num_samples_per_prompt=1; an advantage over the group needs at least 2")
         if self.sampling.temperature == 0:

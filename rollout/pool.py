@@ -86,6 +86,15 @@ def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: fl
         raise PoolError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
+def make_actor(cls: type, num_cpus: float, num_gpus: float, max_concurrency: int = 1) -> Any:
+    """A Ray actor class whose instances answer calls of WATCH_GROUP whatever else they do."""
+    # Any: ray's types know neither concurrency groups nor the methods that exist at run time only.
+    remote: Any = ray.remote
+    groups = {WATCH_GROUP: 1}
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": max_concurrency}
+    return remote(**options, concurrency_groups=groups)(cls)
+
+
 def dump_stacks(actors: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
     """Asks actors that have a method `stacks` for their threads' stacks. Never raises, never waits longer."""
     refs = {name: actor.stacks.options(concurrency_group=WATCH_GROUP).remote() for name, actor in actors.items()}
@@ -109,13 +118,7 @@ class RolloutPool:
         self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float, routing: Routing = "sample"
     ) -> None:
         self._routing = routing
-        # Any: the actor handle's methods exist only at run time.
-        actor: Any = ray.remote(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_concurrency=self.max_concurrency,
-            concurrency_groups={WATCH_GROUP: 1},
-        )(self.actor_class)
+        actor = make_actor(self.actor_class, num_cpus, num_gpus, self.max_concurrency)
         self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
         self._names = [f"rollout worker {i}" for i in range(num_workers)]
 

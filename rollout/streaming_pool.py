@@ -37,6 +37,7 @@ class StreamingPool(RolloutPool):
     ) -> None:
         super().__init__(spec, num_workers, num_cpus, num_gpus, routing)
         self._held: list[dict[int, float]] = [{} for _ in range(num_workers)]
+        self._load = [0.0] * num_workers
         self._polls: dict[Any, int] = {}
 
     @property
@@ -52,9 +53,11 @@ class StreamingPool(RolloutPool):
             units[request.group if self._routing == "group" else i].append(request)
         shares: dict[int, list[Request]] = defaultdict(list)
         for unit in units.values():
-            worker = min(range(len(self._workers)), key=lambda i: sum(self._held[i].values()))
+            worker = min(range(len(self._workers)), key=self._load.__getitem__)
             for request in unit:
-                self._held[worker][request.uid] = predicted.get(request.prompt_id, fallback)
+                tokens = predicted.get(request.prompt_id, fallback)
+                self._held[worker][request.uid] = tokens
+                self._load[worker] += tokens
             shares[worker] += unit
         refs = [self._workers[i].submit.remote(share, CALL_TIMEOUT_S) for i, share in shares.items()]
         wait_for(refs, [self._names[i] for i in shares], "handing out requests", CALL_TIMEOUT_S)
@@ -72,8 +75,10 @@ class StreamingPool(RolloutPool):
                 continue
             worker = self._polls.pop(ref)
             for rollout in wait_for([ref], [self._names[worker]], "rollouts", CALL_TIMEOUT_S)[0]:
-                if self._held[worker].pop(rollout.request.uid, None) is None:
+                tokens = self._held[worker].pop(rollout.request.uid, None)
+                if tokens is None:
                     raise PoolError(f"{self._names[worker]} returned uid {rollout.request.uid}, which it does not hold")
+                self._load[worker] -= tokens
                 out.append(rollout)
         return out
 

@@ -103,7 +103,7 @@ def _train(arguments: list[str]) -> int:
         print(format_plan(make_plan(job.settings)))
         return 0
     open_run_dir(job)
-    from slipstream.trainer.loop import run_job
+    from slipstream.trainer.job import run_job
 
     return run_job(job.settings, job.run_dir, job.resume)
 

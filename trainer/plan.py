@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slipstream.conf.schema import ClusterConfig, DataConfig, Settings
+from slipstream.conf.schema import AlgoConfig, ClusterConfig, DataConfig, Settings
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.model_shape import ModelShape, read_model_shape
@@ -103,7 +103,7 @@ def format_plan(plan: Plan) -> str:
     blocks = [
         (f"plan of {plan.settings.experiment_name}", _model_lines(plan)),
         ("actors", _actor_lines(plan)),
-        ("batch", _batch_lines(plan.batch)),
+        ("batch", _batch_lines(plan.batch, plan.settings.algo)),
         ("memory (estimate)", _memory_lines(plan)),
         ("speculation", _speculation_lines(plan.settings)),
         ("output", _output_lines(plan)),
@@ -187,7 +187,7 @@ def _actor_lines(plan: Plan) -> list[str]:
     return [*rows, f"  on {where}; all must be ready within {cluster.start_timeout_s:g} s"]
 
 
-def _batch_lines(batch: BatchPlan) -> list[str]:
+def _batch_lines(batch: BatchPlan, algo: AlgoConfig) -> list[str]:
     group = f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples"
     step = f"{group} = {batch.samples_per_step} samples"
     updates = f"{batch.updates_per_step} of {batch.samples_per_update} samples each"
@@ -195,7 +195,15 @@ def _batch_lines(batch: BatchPlan) -> list[str]:
     total = f"{batch.num_steps} steps = {prompts:,} prompts = {samples:,} samples"
     known = batch.num_train_prompts
     passes = f"{batch.epochs:.2f} over {known:,} training prompts" if known else "unknown before the data is loaded"
-    return [f"  step     {step}", f"  updates  {updates}", f"  total    {total}", f"  epochs   {passes}"]
+    lines = [f"  step     {step}", f"  updates  {updates}", f"  total    {total}", f"  epochs   {passes}"]
+    return [*lines, f"  ahead    {_ahead(algo)}"]
+
+
+def _ahead(algo: AlgoConfig) -> str:
+    groups = algo.num_prompts_per_step * (algo.max_staleness_steps + 1) + algo.num_extra_groups
+    if not algo.max_staleness_steps:
+        return "no: sampling and learning take turns"
+    return f"at most {algo.max_staleness_steps} updates, {groups} groups started or in training ({algo.in_flight})"
 
 
 def _memory_lines(plan: Plan) -> list[str]:

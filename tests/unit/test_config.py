@@ -59,6 +59,12 @@ MISTAKES = [
     (["sampling.num_samples_per_prompt=1"], ["sampling.num_samples_per_prompt=1", "at least 2"]),
     (["sampling.top_p=0.9"], ["sampling.top_p=0.9", "top_p=1"]),
     (["algo.num_updates_per_step=3"], ["algo.num_updates_per_step=3", "128 samples"]),
+    (["algo.max_staleness_steps=-1"], ["algo.max_staleness_steps=-1", "allowed: an integer of at least 0"]),
+    (["algo.in_flight=abort"], ["algo.in_flight=abort", "allowed: continue, recompute, drain"]),
+    (["algo.advantage=gae"], ["algo.advantage=gae", "allowed: grpo, dr_grpo, rloo, reinforce_pp_baseline"]),
+    (["algo=dappo"], ["algo=dappo", "nearest: algo=dapo"]),
+    (["data=parquet", "data.train_path=a/b", "evaluation.every_steps=2"], ["data.validation_path is null"]),
+    (["evaluation.at_start=true"], ["evaluation.at_start=true", "every_steps of at least 1"]),
     (["engine.max_forward_tokens=8"], ["engine.max_forward_tokens=8", "engine.max_live_requests=64"]),
     (["data.task.min_level=4", "data.task.max_level=2"], ["data.task.min_level=4", "data.task.max_level=2"]),
 ]

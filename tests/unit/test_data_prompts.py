@@ -154,3 +154,10 @@ def test_order_refuses_nonsense() -> None:
         PromptOrder(4, 2, seed=0).indices(0)
     with pytest.raises(ValueError, match="at least 1"):
         PromptOrder(0, 2, seed=0)
+
+
+def test_a_groups_prompt_is_its_steps() -> None:
+    """Group g of the job is place g mod n of step g // n + 1, over epochs."""
+    order = PromptOrder(7, 3, seed=5)
+    expected = np.concatenate([order.indices(step) for step in range(1, 6)])
+    assert [order.at(number) for number in range(15)] == expected.tolist()

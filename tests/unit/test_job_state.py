@@ -226,3 +226,11 @@ def test_the_log_is_on_disk_before_the_checkpoint_is(tmp_path: Path, monkeypatch
     save(state, tmp_path)
     assert synced[0] == "000001.log"
     assert "COMPLETE" in synced
+
+
+def test_the_groups_that_were_started_come_back(tmp_path: Path) -> None:
+    state = JobState.start(tmp_path, WINDOW)
+    run_steps(state, 1)
+    state.next_group, state.outstanding_groups = 11, [4, 7, 10]
+    again = JobState.load(save(state, tmp_path), tmp_path, WINDOW)
+    assert (again.next_group, again.outstanding_groups) == (11, [4, 7, 10])

@@ -128,6 +128,8 @@ def test_more_than_the_machine_has_is_a_warning(model: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["algo=grpo_async", "proof.every_steps=1"], "cannot be replayed"),
+        (["algo=dapo", "proof.every_steps=1"], "cannot be replayed"),
         (["drafter=off", "proof.every_steps=1"], "replays steps in which nothing is drafted"),
         (["budget=off"], "drafter learns, but nothing is drafted"),
         (["proof.every_steps=2", "proof.first_step=99"], "comes after the last step"),
@@ -140,3 +142,10 @@ def test_more_than_the_machine_has_is_a_warning(model: Path) -> None:
 )
 def test_settings_that_work_against_each_other_are_warned_of(model: Path, overrides: list[str], words: str) -> None:
     assert any(words in text for text in make_plan(settings_of(model, *overrides)).warnings)
+
+
+def test_the_plan_says_how_far_generation_runs_ahead(model: Path) -> None:
+    synchronous = format_plan(make_plan(settings_of(model)))
+    assert "sampling and learning take turns" in synchronous
+    ahead = format_plan(make_plan(settings_of(model, "algo.max_staleness_steps=2", "algo.num_extra_groups=3")))
+    assert "at most 2 updates, 51 groups started or in training (continue)" in ahead
