@@ -44,7 +44,7 @@ class TorchEngine:
     max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
     context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
     drafter, budget: both or neither. cuda_graphs, compile, batch_invariant: see runner_choice.make_runner.
-    drafter, budget: both or neither. admitting: false keeps queued requests waiting; the live ones go on.
+    admitting: false keeps queued requests waiting; the live ones go on.
     """
 
     def __init__(
