@@ -35,6 +35,12 @@ def new_packed(layer: nn.Linear) -> Any:
     return PACKED[layer.weight.dtype](layer.out_features, layer.in_features)
 
 
+def _rows(x: torch.Tensor) -> Any:
+    """[T, H, D] in float32 as it lies in memory, copied only where the last axis is not side by side."""
+    x = x.float()
+    return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
+
+
 class NativeKernels(BlockedCache):
     """C++ on the CPU, for float32 and bfloat16 models.
 
@@ -79,8 +85,8 @@ class NativeKernels(BlockedCache):
         _native.append_kv(
             keys.numpy(),
             values.numpy(),
-            new_keys.float().contiguous().numpy(),
-            new_values.float().contiguous().numpy(),
+            _rows(new_keys),
+            _rows(new_values),
             slots.numpy(),
             positions.numpy(),
         )
@@ -97,10 +103,9 @@ class NativeKernels(BlockedCache):
         softcap: float = 0.0,
     ) -> torch.Tensor:
         """Attention of packed tokens, bit-equal for every batch they come in."""
-        dtype, query = query.dtype, query.float().contiguous()
-        out = torch.empty_like(query)
+        out = torch.empty(query.shape)
         _native.ragged_attention(
-            query.numpy(),
+            _rows(query),
             keys.numpy(),
             values.numpy(),
             slots.numpy(),
@@ -111,7 +116,7 @@ class NativeKernels(BlockedCache):
             out.numpy(),
             self.context,
         )
-        return out.to(dtype)
+        return out.to(query.dtype)
 
     def sample_verify(
         self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows

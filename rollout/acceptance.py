@@ -14,12 +14,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from slipstream.drafter.base import DraftBatch
 from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS, SOURCE_CLASSES
 
 NUM_CURVE_BUCKETS = 10
 CURVE_PRIOR_TOKENS = 64.0
 FADE_PER_STEP = 0.99
 CALIBRATE_EVERY_STEPS = 32
+KEPT_STEPS = 8
 RELIABILITY_KEYS = tuple(f"{10 * i + 5:02d}" for i in range(NUM_CURVE_BUCKETS))
 
 
@@ -186,3 +188,26 @@ class AcceptanceModel:
             raise ValueError("acceptance: a cell has more accepted tokens than seen; allowed: at most as many")
         model.squared_error = float(error[0])
         return model
+
+
+class AcceptanceBuffer:
+    """Keeps verified steps for a while: a model takes in many about as fast as one. model: as of the last flush."""
+
+    def __init__(self, model: AcceptanceModel) -> None:
+        self.model = model
+        self._steps: list[tuple[np.ndarray, ...]] = []
+
+    def observe(
+        self, drafts: DraftBatch, rows: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, ended: np.ndarray
+    ) -> None:
+        """See AcceptanceModel.observe; `rows` of the drafts, which may be overwritten afterwards."""
+        self._steps.append((drafts.cells[rows], drafts.probs[rows], drafted, accepted, ended))
+        if len(self._steps) >= KEPT_STEPS:
+            self.flush()
+
+    def flush(self) -> AcceptanceModel:
+        """The model with everything taken in."""
+        if self._steps:
+            self.model.observe(*(np.concatenate(parts) for parts in zip(*self._steps, strict=True)))
+            self._steps.clear()
+        return self.model

@@ -20,7 +20,7 @@ from slipstream.rollout.finish_last import finish_last
 from slipstream.rollout.lengths import LiveLengths
 
 REFRESH_EVERY = 16
-"""Steps after which P(last) is computed anew for an unchanged batch: lengths move slowly beside decoding."""
+"""Prices after which P(last) is computed anew for an unchanged batch: lengths move slowly beside decoding."""
 
 HEDGE = 0.4
 """Weight of equal chances beside the estimated P(last): histories are short, lengths within a group are not independent

@@ -20,6 +20,7 @@ import numpy as np
 NUM_FEATURES = 4
 FADE_PER_STEP = 0.97
 FIT_EVERY = 32
+FIRST_FIT = 8
 MIN_STEPS = 48
 MAX_RELATIVE_ERROR = 0.1
 OUTLIER = 3.0
@@ -59,42 +60,67 @@ class CostModel:
             raise ValueError(f"knee_tokens is {knee_tokens}; allowed: above 0, finite")
         self.knee_tokens = knee_tokens
         self._buckets = np.array(sorted(buckets), np.int64)
-        self.products = np.zeros((NUM_FEATURES, NUM_FEATURES))
-        self.targets = np.zeros(NUM_FEATURES)
+        self._products = np.zeros((NUM_FEATURES, NUM_FEATURES))
+        self._targets = np.zeros(NUM_FEATURES)
         # Weights, weighted squared seconds, squared relative errors and their weights, steps, steps left out.
-        self.totals = np.zeros(6)
-        self._since_fit = 0
+        self._totals = np.zeros(6)
+        # Steps not in the sums yet: many are taken in about as fast as one.
+        self._waiting: list[tuple[float, float, float, float]] = []
         self._spread = 0.0
         self._fit: StepCost | None = None
         self._trusted = False
 
     # ---- observing
 
+    @property
+    def products(self) -> np.ndarray:
+        """[4, 4] weighted products of the features of all steps."""
+        self._take_in()
+        return self._products
+
+    @property
+    def targets(self) -> np.ndarray:
+        """[4] weighted products of features and seconds."""
+        self._take_in()
+        return self._targets
+
+    @property
+    def totals(self) -> np.ndarray:
+        """[6] weights, weighted squared seconds, squared relative errors, their weights, steps, steps left out."""
+        self._take_in()
+        return self._totals
+
     def observe(self, live: int, kv_tokens: int, forward_tokens: int, seconds: float) -> None:
         """Takes in one step: live requests, cached tokens that they attend to, packed tokens, wall seconds."""
-        if not (np.isfinite(seconds) and seconds > 0.0) or live < 1 or forward_tokens < 1:
-            self.totals[5] += 1.0
+        if not 0.0 < seconds < float("inf") or live < 1 or forward_tokens < 1:
+            self._totals[5] += 1.0
             return
-        x = np.array([1.0, live, kv_tokens, self.rounded(forward_tokens)])
-        expected = seconds
-        weight = 1.0
-        if self._fit is not None:
-            expected = max(float(self._fit.seconds(x[1], x[2], x[3])), 1e-9)
-            error = abs(seconds - expected) / expected
-            # Huber: beyond OUTLIER spreads a step pulls with constant force, so one hiccup moves nothing.
-            weight = min(1.0, OUTLIER * max(self._spread, 0.02) / max(error, 1e-9))
-            self.totals[2] += min(error, 1.0) ** 2
-            self.totals[3] += 1.0
-        # Errors are relative: a fifth of a short step matters as much as a fifth of a long one.
-        weight /= expected**2
-        self.products += weight * np.outer(x, x)
-        self.targets += weight * seconds * x
-        self.totals[0] += weight
-        self.totals[1] += weight * seconds**2
-        self.totals[4] += 1.0
-        self._since_fit += 1
-        if self._since_fit >= FIT_EVERY or (self._fit is None and self.totals[4] >= 8):
+        self._waiting.append((live, kv_tokens, self.rounded(forward_tokens), seconds))
+        if len(self._waiting) >= (FIT_EVERY if self._fit is not None else FIRST_FIT):
             self.fit()
+
+    def _take_in(self) -> None:
+        if not self._waiting:
+            return
+        steps = np.array(self._waiting, np.float64)
+        self._waiting.clear()
+        seconds = steps[:, 3]
+        x = np.column_stack([np.ones(len(steps)), steps[:, :3]])
+        expected, weight = seconds, np.ones(len(steps))
+        if self._fit is not None:
+            expected = np.maximum(self._fit.seconds(x[:, 1], x[:, 2], x[:, 3]), 1e-9)
+            error = np.abs(seconds - expected) / expected
+            # Huber: beyond OUTLIER spreads a step pulls with constant force, so one hiccup moves nothing.
+            weight = np.minimum(1.0, OUTLIER * max(self._spread, 0.02) / np.maximum(error, 1e-9))
+            self._totals[2] += (np.minimum(error, 1.0) ** 2).sum()
+            self._totals[3] += len(steps)
+        # Errors are relative: a fifth of a short step matters as much as a fifth of a long one.
+        weight = weight / expected**2
+        self._products += (x * weight[:, None]).T @ x
+        self._targets += (weight * seconds) @ x
+        self._totals[0] += weight.sum()
+        self._totals[1] += (weight * seconds**2).sum()
+        self._totals[4] += len(steps)
 
     def rounded(self, forward_tokens: int) -> int:
         """Forward tokens as the engine runs them."""
@@ -105,8 +131,7 @@ class CostModel:
 
     def fit(self) -> None:
         """Solves for the coefficients with everything observed so far."""
-        self._since_fit = 0
-        if self.totals[4] < 8:
+        if self.totals[4] < FIRST_FIT:
             return
         values = nonnegative_least_squares(self.products, self.targets)
         if values is None:
@@ -174,16 +199,16 @@ class CostModel:
 
     def add(self, other: CostModel) -> None:
         """Adds what another model observed."""
-        self.products += other.products
-        self.targets += other.targets
-        self.totals += other.totals
+        mine, theirs = (self.products, self.targets, self.totals), (other.products, other.targets, other.totals)
+        for sums, others in zip(mine, theirs, strict=True):
+            sums += others
         self.fit()
 
     def minus(self, earlier: CostModel) -> CostModel:
         """What was observed since `earlier`, a copy of this model as it was."""
         out = CostModel(self.knee_tokens, self._buckets.tolist())
-        out.products, out.targets = self.products - earlier.products, self.targets - earlier.targets
-        out.totals = np.maximum(self.totals - earlier.totals, 0.0)
+        out._products, out._targets = self.products - earlier.products, self.targets - earlier.targets
+        out._totals = np.maximum(self.totals - earlier.totals, 0.0)
         return out
 
     def fade(self, factor: float = FADE_PER_STEP) -> None:

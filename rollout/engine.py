@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
+from slipstream.drafter.base import SOURCE_NAMES
 from slipstream.rollout.types import Request, Rollout
 
 
@@ -49,6 +51,17 @@ class EngineStats:
     other_s: float = 0.0
     drafted_by_source: dict[str, int] = field(default_factory=dict)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+
+    def count_drafts(self, sources: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
+        """One verified step: [R] source code (of SOURCE_NAMES), draft tokens and kept ones of every sampling row."""
+        self.drafted += int(drafted.sum())
+        self.accepted += int(accepted.sum())
+        self.draft_rounds += int(np.count_nonzero(drafted))
+        drafted_of, accepted_of = np.bincount(sources, drafted).tolist(), np.bincount(sources, accepted).tolist()
+        for name, num_drafted, num_accepted in zip(SOURCE_NAMES, drafted_of, accepted_of, strict=False):
+            if num_drafted:
+                self.drafted_by_source[name] = self.drafted_by_source.get(name, 0) + int(num_drafted)
+                self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + int(num_accepted)
 
     @property
     def total_s(self) -> float:

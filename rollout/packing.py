@@ -68,6 +68,36 @@ def _write_drafts(table: SlotTable, slots: np.ndarray, drafts: DraftBatch, count
     table.tokens[slots[row_of], table.length[slots][row_of] + nth] = drafts.tokens[row_of, nth]
 
 
+def _plan_decoding(table: SlotTable, drafts: DraftBatch) -> StepPlan:
+    """The pass in which every request advances by its one pending token: most of a job's, and the shortest."""
+    slots = table.order
+    num = len(slots)
+    padded = num + -num % ROW_MULTIPLE
+    positions, places = np.arange(padded) - num, np.full(padded, table.num_slots, np.int64)
+    token_ids, logit_rows = np.zeros(padded, np.int64), np.arange(padded)
+    positions[:num], places[:num] = table.cached[slots], slots
+    token_ids[:num] = table.tokens[slots, positions[:num]]
+    logit_rows[num:] = 0
+    none = np.zeros(0, np.int64)
+    return StepPlan(
+        token_ids=token_ids,
+        slots=places,
+        positions=positions,
+        live_slots=slots,
+        widths=np.ones(num, np.int64),
+        chunk_slots=none,
+        chunk_sizes=none,
+        sampling_slots=slots,
+        row_offsets=np.arange(num + 1),
+        row_drafts=np.full(num, -1, np.int32),
+        logit_rows=logit_rows,
+        draft_rows=np.arange(num),
+        draft_counts=np.zeros(num, np.int64),
+        draft_sources=drafts.source[:num].copy(),
+        num_prefill_tokens=0,
+    )
+
+
 def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_forward_tokens: int) -> StepPlan:
     """Chooses the tokens of the next pass: one per decoding request, then prompt chunks, then drafts.
 
@@ -75,11 +105,14 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
     """
     slots = table.order
     pending = table.length[slots] - table.cached[slots]
+    drafted = price is not None and bool(drafts.count[: len(slots)].any())
+    if not drafted and (pending == 1).all():
+        return _plan_decoding(table, drafts)
     take = np.minimum(pending, 1)
     take += _share(pending - take, max_forward_tokens - len(slots))
     complete = take == pending
     counts = np.zeros(len(slots), np.int64)
-    if price is not None and drafts.count[: len(slots)].any():
+    if price is not None and drafted:
         wanted = np.where(complete, np.minimum(drafts.count[: len(slots)], price.max_draft), 0)
         counts = _share(wanted.astype(np.int64), max_forward_tokens - int(take.sum()))
         _write_drafts(table, slots, drafts, counts)

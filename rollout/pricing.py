@@ -18,6 +18,8 @@ from slipstream.rollout.lengths import NUM_BINS, UNKNOWN, LengthModel, LiveLengt
 from slipstream.rollout.packing import StepPlan
 from slipstream.rollout.slots import SlotTable
 
+PRICE_EVERY = 4
+"""Steps that an unchanged batch keeps its price for: responses grow by a few tokens meanwhile."""
 NOTE_EVERY = 32
 """Steps between two estimates of P(last) that are kept for comparison with who was last."""
 PRIOR_ROUNDS = 8.0
@@ -45,6 +47,8 @@ class Pricing:
         self._measured = False
         self._drafted = self._accepted = 0.0
         self._live: LiveBatch | None = None
+        self._budget: BudgetPolicy | None = None
+        self._price, self._age = Price(np.zeros(0, np.int32), np.zeros(0, np.float32)), 0
         self._chances = np.zeros(0)
         self.learn_lengths(LengthModel() if lengths is None else lengths)
 
@@ -61,22 +65,12 @@ class Pricing:
         The budget asks for probabilities; `acceptance` tells which of the drafter's estimates come to that.
         """
         slots = table.order
-        self._join(slots, live.uids, table)
-        rounds = table.rounds[slots] + PRIOR_ROUNDS
-        accepted = table.accepted[slots].sum(axis=1)
-        speed = 1.0 + (accepted + PRIOR_ROUNDS * self._accepted) / rounds
-        width = (table.drafted[slots] + PRIOR_ROUNDS * self._drafted) / rounds
-        queued = float(num_queued)
-        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, queued, width=width)
-        asked = budget.price(live, self.cost, view)
-        least = acceptance.estimates_for(asked.min_accept_prob).astype(np.float32)
-        price = Price(asked.max_draft, least, asked.branching)
-        rows = len(slots)
-        self._live = live
-        self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
-        if isinstance(budget, PriceBudget) and rows > 1 and not num_queued and self._steps >= self._note_at:
-            self.calibration.note(live.uids, self._chances)
-            self._note_at = self._steps + NOTE_EVERY
+        self._age += 1
+        same = self._live is not None and self._budget is budget and np.array_equal(live.uids, self._live.uids)
+        if not same or self._age >= PRICE_EVERY:
+            self._price, self._age = self._new_price(budget, live, table, num_queued, acceptance), 0
+            self._budget = budget
+        self._live, price = live, self._price
         if self.guard is None or not (price.max_draft > 0).any():
             self._measured = False
             return price
@@ -85,6 +79,26 @@ class Pricing:
         if self.guard.allows() if self._measured else self.guard.speculating:
             return price
         return Price(np.zeros_like(price.max_draft), price.min_accept_prob)
+
+    def _new_price(
+        self, budget: BudgetPolicy, live: LiveBatch, table: SlotTable, num_queued: int, acceptance: AcceptanceModel
+    ) -> Price:
+        slots = table.order
+        self._join(slots, live.uids, table)
+        rounds = table.rounds[slots] + PRIOR_ROUNDS
+        accepted = table.accepted[slots].sum(axis=1)
+        speed = 1.0 + (accepted + PRIOR_ROUNDS * self._accepted) / rounds
+        width = (table.drafted[slots] + PRIOR_ROUNDS * self._drafted) / rounds
+        queued = float(num_queued)
+        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, queued, width=width)
+        asked = budget.price(live, self.cost, view)
+        rows, is_price = len(slots), isinstance(budget, PriceBudget)
+        self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
+        if is_price and rows > 1 and not num_queued and self._steps >= self._note_at:
+            self.calibration.note(live.uids, self._chances)
+            self._note_at = self._steps + NOTE_EVERY
+        least = acceptance.estimates_for(asked.min_accept_prob).astype(np.float32)
+        return Price(asked.max_draft, least, asked.branching)
 
     def _join(self, slots: np.ndarray, uids: np.ndarray, table: SlotTable) -> None:
         for i in np.flatnonzero(self._uid[slots] != uids):

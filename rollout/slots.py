@@ -37,6 +37,8 @@ class SlotTable:
         self.temperature = np.zeros(num_slots, np.float32)
         self.top_p = np.zeros(num_slots, np.float32)
         self.top_k = np.zeros(num_slots, np.int32)
+        self.stop_ids = np.zeros((num_slots, 1), np.int32)
+        self.num_stops = np.zeros(num_slots, np.int64)
         self.rounds = np.zeros(num_slots, np.int64)
         self.drafted = np.zeros(num_slots, np.int64)
         self.accepted = np.zeros((num_slots, len(SOURCE_NAMES)), np.int64)
@@ -68,9 +70,17 @@ class SlotTable:
             sampling.top_p,
             sampling.top_k,
         )
+        self._set_stops(slot, sampling.stop_token_ids)
         for counter in (self.rounds, self.drafted, self.accepted, self.draft_s, self.verify_s):
             counter[slot] = 0
         return slot
+
+    def _set_stops(self, slot: int, ids: tuple[int, ...]) -> None:
+        missing = len(ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)))
+        self.stop_ids[slot, : len(ids)] = ids
+        self.num_stops[slot] = len(ids)
 
     def live_batch(self, slots: np.ndarray) -> LiveBatch:
         """What drafters and budgets see of these slots."""
@@ -85,9 +95,10 @@ class SlotTable:
     def sampling_rows(self, slots: np.ndarray) -> SamplingRows:
         """Sampling parameters of these slots; noise positions are response indices."""
         length = self.length[slots]
-        stops = [self._request(slot).sampling.stop_token_ids for slot in slots]
+        num_stops = self.num_stops[slots]
         offsets = np.zeros(len(slots) + 1, np.int32)
-        np.cumsum([len(ids) for ids in stops], out=offsets[1:])
+        np.cumsum(num_stops, out=offsets[1:])
+        used = np.arange(self.stop_ids.shape[1]) < num_stops[:, None]
         return SamplingRows(
             seed=self.seed[slots],
             uid=self.uid[slots].view(np.uint64),
@@ -96,7 +107,7 @@ class SlotTable:
             top_p=self.top_p[slots],
             top_k=self.top_k[slots],
             remaining=(self.end[slots] - length).astype(np.int32),
-            stop_ids=np.fromiter((i for ids in stops for i in ids), np.int32),
+            stop_ids=self.stop_ids[slots][used],
             stop_offsets=offsets,
         )
 

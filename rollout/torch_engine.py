@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, Drafter, LiveBatch, Price, Ragged
+from slipstream.drafter.base import DraftBatch, Drafter, LiveBatch, Price, Ragged
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
-from slipstream.rollout.acceptance import AcceptanceModel, calibrates_after
+from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
@@ -99,7 +99,7 @@ class TorchEngine:
         self._refused: list[Rollout] = []
         self._drafts = DraftBatch.empty(max_live_requests, max_draft_tokens)
         self._stats = EngineStats()
-        self.acceptance = AcceptanceModel()
+        self._observed = AcceptanceBuffer(AcceptanceModel())
         self._observed_steps = 0
         self._late: tuple[LiveBatch, Ragged] | None = None
         if drafter is not None:
@@ -206,7 +206,7 @@ class TorchEngine:
         if self.drafter is None or self.budget is None:
             return None
         live = self.table.live_batch(slots)
-        price = self.pricing.price(self.budget, live, self.table, len(self._queue), self.acceptance)
+        price = self.pricing.price(self.budget, live, self.table, len(self._queue), self._observed.model)
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
         np.clip(limit, 0, self.max_draft_tokens, out=limit)
@@ -220,6 +220,8 @@ class TorchEngine:
     def _cut_invalid_drafts(self, rows: int) -> None:
         """A draft ends before its first token outside the vocabulary: a drafter may be wrong, never harmful."""
         tokens = self._drafts.tokens[:rows]
+        if int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size:
+            return
         used = np.arange(tokens.shape[1]) < self._drafts.count[:rows, None]
         invalid = used & ((tokens < 0) | (tokens >= self.vocab_size))
         if invalid.any():
@@ -231,32 +233,24 @@ class TorchEngine:
         """Writes the new tokens; returns the finish code of every sampling slot."""
         table, slots, count = self.table, plan.sampling_slots, verified.count
         table.cached[plan.chunk_slots] += plan.chunk_sizes
+        length = table.length[slots]
         row_of = np.repeat(np.arange(len(slots)), count)
-        nth = np.arange(len(row_of)) - np.repeat(np.cumsum(count) - count, count)
-        source = plan.row_offsets[:-1][row_of] + nth
-        where = slots[row_of], table.length[slots][row_of] + nth
+        nth = np.arange(len(row_of)) - (np.cumsum(count) - count)[row_of]
+        source = plan.row_offsets[row_of] + nth
+        where = slots[row_of], length[row_of] + nth
         table.tokens[where] = verified.tokens[source]
         table.logprobs[where] = verified.logprobs[source]
         table.versions[where] = self.policy_version
-        table.length[slots] += count
-        table.cached[slots] = table.length[slots] - 1
-        accepted = np.maximum(count - 1, 0)
+        length += count
+        table.length[slots], table.cached[slots] = length, length - 1
         table.rounds[slots] += count > 0
-        table.drafted[slots] += plan.draft_counts
-        table.accepted[slots, plan.draft_sources] += accepted
-        stats = self._stats
-        stats.generated_tokens += int(count.sum())
-        stats.rounds += int((count > 0).sum())
-        stats.drafted += int(plan.draft_counts.sum())
-        stats.accepted += int(accepted.sum())
-        stats.draft_rounds += int((plan.draft_counts > 0).sum())
-        for code in np.unique(plan.draft_sources[plan.draft_counts > 0]):
-            mine, name = plan.draft_sources == code, SOURCE_NAMES[code]
-            for totals, amount in (
-                (stats.drafted_by_source, plan.draft_counts[mine].sum()),
-                (stats.accepted_by_source, accepted[mine].sum()),
-            ):
-                totals[name] = totals.get(name, 0) + int(amount)
+        self._stats.generated_tokens += len(row_of)
+        self._stats.rounds += int(np.count_nonzero(count))
+        if plan.draft_counts.any():
+            accepted = np.maximum(count - 1, 0)
+            table.drafted[slots] += plan.draft_counts
+            table.accepted[slots, plan.draft_sources] += accepted
+            self._stats.count_drafts(plan.draft_sources, plan.draft_counts, accepted)
         return verified.finish
 
     def _extend(self, plan: StepPlan, verified: Verified) -> None:
@@ -277,9 +271,14 @@ class TorchEngine:
         if late is not None and self.drafter is not None:
             self.drafter.extend(*late)
 
+    @property
+    def acceptance(self) -> AcceptanceModel:
+        """Everything observed so far."""
+        return self._observed.flush()
+
     def learn_acceptance(self, acceptance: AcceptanceModel) -> None:
         """Goes on from what others have observed."""
-        self.acceptance = acceptance
+        self._observed = AcceptanceBuffer(acceptance)
         if self.drafter is not None:
             self.drafter.calibrate(acceptance.probabilities())
 
@@ -287,8 +286,7 @@ class TorchEngine:
         if self.drafter is None or not plan.draft_counts.any():
             return
         rows, accepted = plan.draft_rows, np.maximum(verified.count - 1, 0)
-        drafts, ended = self._drafts, verified.finish != 0
-        self.acceptance.observe(drafts.cells[rows], drafts.probs[rows], plan.draft_counts, accepted, ended)
+        self._observed.observe(self._drafts, rows, plan.draft_counts, accepted, verified.finish != 0)
         self._observed_steps += 1
         if calibrates_after(self._observed_steps):
             self.drafter.calibrate(self.acceptance.probabilities())

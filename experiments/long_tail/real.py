@@ -122,7 +122,7 @@ class Arms:
             drafter.publish(visit[0][0].step, [record for batch in visit for record in batch])
         off = name == "off"
         engine.drafter, engine.budget = (None, None) if off else (drafter, ARMS[name]())
-        engine.pricing, engine.acceptance = job.pricing, job.acceptance
+        engine.pricing = job.pricing
         engine.stats(reset=True)
         rollouts: list[Rollout] = []
         seconds = 0.0

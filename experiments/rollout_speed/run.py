@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=8, help="prompts (default 8)")
     parser.add_argument("--samples", type=int, default=8, help="samples of each prompt (default 8)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest response (default 512)")
-    parser.add_argument("--visits", type=int, default=3, help="earlier visits in the warm history (default 3)")
+    parser.add_argument("--visits", type=int, default=16, help="earlier visits (default 16, all that a window holds)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default 0: all cores)")
     parser.add_argument("--one-by-one", type=int, default=8, help="requests of the arms that take one at a time")
@@ -78,6 +78,10 @@ class Arms:
         if history is None:
             return
         drafter = SuffixDrafter()
+        # As in a job, whose drafter knows the prompts from earlier visits: what is published is indexed meanwhile.
+        for uid, request in enumerate({request.prompt_id: request for request in self.requests}.values()):
+            drafter.begin(uid, request.prompt_id, request.prompt)
+            drafter.end(uid, finished=False)
         for step in sorted({record.step for record in history}):
             drafter.publish(step, [record for record in history if record.step == step])
         drafter.wait()

@@ -36,21 +36,28 @@ static void check_places(const CacheShape& s, const In<int64_t>& slots, const In
             "a slot or position is outside the cache");
 }
 
+// [T, H, D] with the last axis side by side.
+static Rows rows_of(const py::array_t<float>& x, int64_t tokens, int64_t heads, int64_t dim, const char* message) {
+  require(x.ndim() == 3 && x.shape(0) == tokens && x.shape(1) == heads && x.shape(2) == dim, message);
+  require(dim == 1 || x.strides(2) == sizeof(float), "the last axis must lie side by side");
+  return {x.data(), x.strides(0) / int64_t{sizeof(float)}, x.strides(1) / int64_t{sizeof(float)}};
+}
+
 // Arrays that are written take no conversion: pybind11 would fill a copy and drop it.
 static void bind_attention(py::module_& m) {
-  m.def("append_kv", [](In<float> keys, In<float> values, In<float> new_keys, In<float> new_values, In<int64_t> slots,
-                        In<int64_t> positions) {
+  m.def("append_kv", [](In<float> keys, In<float> values, py::array_t<float> new_keys, py::array_t<float> new_values,
+                        In<int64_t> slots, In<int64_t> positions) {
     const CacheShape s = cache_shape(keys, values);
     const int64_t tokens = slots.size();
-    require(new_keys.size() == tokens * s.kv_heads * s.head_dim && new_values.size() == new_keys.size(),
-            "new keys and values must be [T, Hkv, D]");
+    const Rows k_rows = rows_of(new_keys, tokens, s.kv_heads, s.head_dim, "new keys must be [T, Hkv, D]");
+    const Rows v_rows = rows_of(new_values, tokens, s.kv_heads, s.head_dim, "new values must be [T, Hkv, D]");
     check_places(s, slots, positions, tokens);
     float *k = keys.mutable_data(), *v = values.mutable_data();
     py::gil_scoped_release release;
-    append_kv(s, k, v, new_keys.data(), new_values.data(), tokens, slots.data(), positions.data());
-  }, py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("new_keys"), py::arg("new_values"),
+    append_kv(s, k, v, k_rows, v_rows, tokens, slots.data(), positions.data());
+  }, py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("new_keys").noconvert(), py::arg("new_values").noconvert(),
      py::arg("slots"), py::arg("positions"));
-  m.def("ragged_attention", [](In<float> query, In<float> keys, In<float> values, In<int64_t> slots,
+  m.def("ragged_attention", [](py::array_t<float> query, In<float> keys, In<float> values, In<int64_t> slots,
                                In<int64_t> positions, float scale, int64_t window, float softcap, In<float> out,
                                Context& context) {
     const CacheShape s = cache_shape(keys, values);
@@ -58,11 +65,12 @@ static void bind_attention(py::module_& m) {
             "query must be [T, H, D] with H a multiple of Hkv");
     require(out.size() == query.size(), "out must have the shape of query");
     check_places(s, slots, positions, query.shape(0));
-    const AttentionArgs args{s,           query.shape(0),   query.shape(1), query.data(), keys.data(), values.data(),
-                             slots.data(), positions.data(), scale,          softcap,      window,      out.mutable_data()};
+    const Rows rows = rows_of(query, query.shape(0), query.shape(1), s.head_dim, "query must be [T, H, D]");
+    const AttentionArgs args{s, query.shape(0), query.shape(1), rows, keys.data(), values.data(), slots.data(),
+                             positions.data(), scale, softcap, window, out.mutable_data()};
     py::gil_scoped_release release;
     ragged_attention(context.isa, &context.threads, args);
-  }, py::arg("query"), py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"),
+  }, py::arg("query").noconvert(), py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"),
      py::arg("positions"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(),
      py::arg("context"));
 }

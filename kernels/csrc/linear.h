@@ -14,7 +14,6 @@ namespace slipstream {
 constexpr int64_t kPanel = 2 * kWide;  // output columns that lie side by side
 constexpr int64_t kDepth = 512;        // of a panel at a time: 64 KiB of float32 stay in the second-level cache
 constexpr int64_t kTaskRows = 96;      // rows that one thread takes at a time, a multiple of every tile
-constexpr int64_t kTaskWork = 1 << 21;  // operations below which a second thread costs more than it saves, about 10 us
 
 inline int64_t num_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
@@ -74,7 +73,7 @@ class PackedLinear {
     const LinearArgs<T> args{x, packed_.data(), bias_.empty() ? nullptr : bias_.data(), rows, n_, k_, out};
     const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n_);
     const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_;  // operations of one panel
-    const int64_t at_once = std::clamp<int64_t>(kTaskWork / std::max<int64_t>(work, 1), 1, panels);
+    const int64_t at_once = std::clamp<int64_t>(2 * kTaskWork / std::max<int64_t>(work, 1), 1, panels);
     const int64_t panel_tasks = (panels + at_once - 1) / at_once;
     for_each_task(threads, row_tasks * panel_tasks, [&](int64_t task) {
       const int64_t row = task / panel_tasks * kTaskRows, panel = task % panel_tasks * at_once;

@@ -127,6 +127,9 @@ class StepThreads {
   std::vector<std::thread> helpers_;
 };
 
+// Operations below which a second thread costs more than it saves, about 10 us.
+constexpr int64_t kTaskWork = 1 << 20;
+
 // task(i) for every i below `count`, on the caller's thread alone if `threads` is null.
 template <typename Task>
 void for_each_task(StepThreads* threads, int64_t count, const Task& task) {
