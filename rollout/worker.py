@@ -1,4 +1,4 @@
-"""The rollout worker: one engine in one process, driven by the pool.
+"""The rollout worker: one engine in one process.
 
 Invariants: a call returns every request it was given, as a rollout; a replay with drafting off leaves the drafter as
 it was; the worker holds no state that a checkpoint would need besides the drafter's history.
@@ -100,7 +100,7 @@ def make_pricing(spec: WorkerSpec) -> Pricing:
 
 
 class RolloutWorker:
-    """One engine with its drafter. Made a Ray actor by the pool, usable as a plain object."""
+    """One engine with its drafter, a plain object; rollout.streaming_worker makes it what the pools drive."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -140,13 +140,17 @@ class RolloutWorker:
     def generate(self, requests: list[Request], speculate: bool, timeout_s: float) -> GenerateResult:
         """Runs the requests to their end. speculate=False replays without drafting and without learning."""
         engine = self._engine
-        engine.drafter, engine.budget = (self._drafter, self._budget) if speculate else (None, None)
+        self.speculate(speculate)
         engine.stats(reset=True)
         started = time.perf_counter()
         engine.submit(requests)
         rollouts = engine.drain(timeout_s)
         seconds = time.perf_counter() - started
         return GenerateResult(rollouts, engine.stats(reset=True), seconds, self.observed())
+
+    def speculate(self, wanted: bool) -> None:
+        """Drafting on or off, for requests that come from now on."""
+        self._engine.drafter, self._engine.budget = (self._drafter, self._budget) if wanted else (None, None)
 
     def observed(self) -> Observed:
         """What the engine observed since the last call."""
