@@ -196,8 +196,13 @@ class RolloutPool:
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
 
-        learned: what all workers together have observed; with lengths after a resume, None to leave it as it is.
+        learned: what all workers together have observed; with lengths and guards after a resume, None to leave it as
+        it is. With another number of workers than before, the guards are dealt in turns.
         """
         shared, observed = ray.put(records), ray.put(learned)
-        refs = [worker.publish.remote(step, shared, observed) for worker in self._workers]
+        guards = learned.guards if learned is not None and learned.guards else [None]
+        refs = [
+            worker.publish.remote(step, shared, observed, guards[i % len(guards)])
+            for i, worker in enumerate(self._workers)
+        ]
         wait_for(refs, self._names, f"history of step {step}", timeout_s)

@@ -14,6 +14,7 @@ import torch
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.guard import GuardState
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
@@ -83,10 +84,12 @@ class StreamingWorker(RolloutWorker):
         """Replaces the policy between two engine steps; returns the version now served."""
         return self._stepper.update_policy(weights, version, in_flight, timeout_s)
 
-    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
+    def publish(
+        self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None
+    ) -> None:
         """Step boundary of the learner: the drafter's window rolls, between two engine steps."""
         roll = super().publish
-        self._stepper.call(lambda: roll(step, records, learned), f"history of step {step}", CALL_TIMEOUT_S)
+        self._stepper.call(lambda: roll(step, records, learned, guard), f"history of step {step}", CALL_TIMEOUT_S)
 
     def report(self, timeout_s: float) -> WorkerReport:
         """Totals since the last report."""

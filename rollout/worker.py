@@ -24,7 +24,7 @@ from slipstream.rollout.class_budget import ClassBudget
 from slipstream.rollout.closed_form import ClosedFormBudget
 from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.engine import EngineStats
-from slipstream.rollout.guard import Guard
+from slipstream.rollout.guard import Guard, GuardState
 from slipstream.rollout.learned import Learned, Observed, observe_records
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.pricing import Pricing
@@ -158,16 +158,19 @@ class RolloutWorker:
         acceptance = engine.acceptance.minus(self._acceptance_before)
         cost = pricing.cost.minus(self._cost_before)
         self._acceptance_before, self._cost_before = engine.acceptance.copy(), pricing.cost.copy()
-        return Observed(acceptance, cost, pricing.metrics())
+        guard = None if pricing.guard is None else pricing.guard.state()
+        return Observed(acceptance, cost, pricing.metrics(), guard)
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """Replaces the policy in place; returns the version now served."""
         self._engine.update_policy(weights, version)
         return self._engine.policy_version
 
-    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
+    def publish(
+        self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None
+    ) -> None:
         """Step boundary: the drafter's window rolls. learned: what all workers together observed so far; its lengths,
-        where it has any, hold those of the records already."""
+        where it has any, hold those of the records already. guard: what this worker's guard goes on from."""
         if self._drafter is None:
             return
         self._drafter.publish(step, records)
@@ -178,6 +181,8 @@ class RolloutWorker:
             self._acceptance_before = learned.acceptance
             pricing.cost.replace(learned.cost)
             self._cost_before = pricing.cost.copy()
+        if guard is not None and pricing.guard is not None:
+            pricing.guard.restore(guard)
         lengths = learned.lengths if learned is not None else None
         if lengths is None:
             lengths = pricing.lengths

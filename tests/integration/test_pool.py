@@ -1,4 +1,4 @@
-"""Real workers, one with long requests and short slots: queued ones move, tokens stay, and a death is named."""
+"""Real workers, few slots: queued requests move, tokens stay, guards come back after a resume, a death is named."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import ray
 
 from slipstream.rollout.actors import PoolError
+from slipstream.rollout.guard import Guard
+from slipstream.rollout.learned import Learned
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
@@ -107,6 +110,26 @@ def test_a_stream_of_requests_moves_too(cluster: None, requests: list[Request], 
     assert pool.take_num_stolen() == 0
     pool.submit(requests, {})
     assert tokens(collect(pool, len(requests))) == tokens(rollouts)
+    end(pool)
+
+
+def test_a_resumed_jobs_guards_go_on(cluster: None, requests: list[Request]) -> None:
+    """Drafting was found to lose on one worker and not on the other: it stays so, each with its own counts."""
+    pool = make_pool(RolloutPool, steal=True)
+    fresh = Guard().state()
+    guards = [replace(fresh, speculating=False, wait=8192, switched_off=3, retries=2), replace(fresh, held_out=40)]
+    pool.publish(5, [], Learned(guards=guards), DEADLINE_S)
+    for _ in range(2):
+        result = pool.generate(requests, {}, DEADLINE_S)
+        states = [one.guard for one in result.observed]
+        assert states[0] is not None
+        assert states[1] is not None
+        assert (states[0].speculating, states[0].switched_off, states[0].retries) == (False, 3, 2)
+        assert states[1].speculating
+        assert states[1].held_out >= 40
+        assert result.stats[0].drafted == 0
+        # A step later the workers know better than what the job last heard.
+        pool.publish(6, [], Learned(guards=[fresh]).without_lengths(), DEADLINE_S)
     end(pool)
 
 
