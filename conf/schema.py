@@ -275,6 +275,7 @@ class ClusterConfig(Strict):
         "sample",
         description="sample: a group's samples share the workers; group: they stay together and share one prefill.",
     )
+    steal: bool = Field(True, description="A worker with free slots takes requests that others have queued.")
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")

@@ -1,8 +1,8 @@
 """The Engine protocol: what turns requests into rollouts, whatever runs the model.
 
 Invariants: `step` performs at most one forward pass of the policy; every submitted request leaves exactly once, as
-a rollout returned by `step`, `abort` or `drain`; a request that cannot be served leaves with finish "error" and a
-reason, and the others go on.
+a rollout returned by `step`, `abort` or `drain`, or unstarted from `take_queued`; a request that cannot be served
+leaves with finish "error" and a reason, and the others go on.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ class Engine(Protocol):
 
     def abort(self, uids: Iterable[int]) -> list[Rollout]:
         """Takes requests out, queued or live, and returns what they have with finish "abort"."""
+
+    def take_queued(self, max_count: int) -> list[Request]:
+        """Takes out up to max_count requests that have not started, those that would start last: they run elsewhere."""
 
     def drain(self, timeout_s: float) -> list[Rollout]:
         """Steps until nothing is queued or live; raises EngineError naming the rest when the deadline passes."""

@@ -16,7 +16,9 @@ are logged. Steps with prompt tokens are left out: known before the draw, hence 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ MIN_BLOCKS = 6
 Z = 1.96
 FADE_PER_BLOCK = 0.98
 FIRST_WAIT, LONGEST_WAIT = 512, 16384
+NUM_SUMS = 6
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,36 @@ class Gain:
     low: float
     high: float
     blocks: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardState:
+    """What a guard knows between two blocks. sums: over blocks, as in Guard; wait, waited: steps; the rest counts."""
+
+    sums: tuple[float, ...]
+    speculating: bool
+    trial: bool
+    wait: int
+    waited: int
+    switched_off: int
+    retries: int
+    held_out: int
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> GuardState:
+        """What `to_arrays` wrote; KeyError or ValueError name what is missing or impossible."""
+        sums = tuple(float(value) for value in arrays["sums"])
+        names = ("wait", "waited", "switched_off", "retries", "held_out")
+        counts = [int(arrays[name]) for name in names]
+        if len(sums) != NUM_SUMS or not np.isfinite(sums).all():
+            raise ValueError(f"guard sums are {sums}; allowed: {NUM_SUMS} finite numbers")
+        if min(counts) < 0 or counts[0] > LONGEST_WAIT:
+            raise ValueError(f"guard counts {names} are {counts}; allowed: 0 or more, a wait up to {LONGEST_WAIT}")
+        return cls(sums, bool(arrays["speculating"]), bool(arrays["trial"]), *counts)
 
 
 class Guard:
@@ -52,7 +85,7 @@ class Guard:
 
     def _clear(self) -> None:
         # Blocks, and sums over them of a, b, a a, a b, b b: a without drafts, b with them.
-        self._sums = np.zeros(6)
+        self._sums = np.zeros(NUM_SUMS)
         self._begin_block()
 
     def _begin_block(self) -> None:
@@ -126,6 +159,20 @@ class Guard:
         self.num_retries += 1
         self._clear()
         _log.warning("speculation is tried again after %d steps without", self._waited)
+
+    def state(self) -> GuardState:
+        """All but the block that is open."""
+        counts = self._wait, self._waited, self.num_switched_off, self.num_retries, self.num_held_out
+        return GuardState(tuple(self._sums.tolist()), self.speculating, self._trial, *counts)
+
+    def restore(self, state: GuardState) -> None:
+        """Goes on from there with a new block: speculation that was off stays off until its trial is due."""
+        self._sums = np.array(state.sums)
+        self.speculating, self._trial = state.speculating, state.trial
+        self._wait, self._waited = state.wait, state.waited
+        self.num_switched_off, self.num_retries = state.switched_off, state.retries
+        self.num_held_out = state.held_out
+        self._begin_block()
 
     def metrics(self) -> dict[str, float]:
         """das/guard_*: whether speculation is on, how often it went off and came back, and the gain while it is on."""

@@ -13,47 +13,55 @@ from typing import Any
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.cost_model import CostModel
+from slipstream.rollout.guard import GuardState
 from slipstream.rollout.lengths import LengthModel
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
     """What one worker observed since it was last asked: acceptance of its drafts, cost of its steps, and metrics of its
-    pricing."""
+    pricing. guard: its state now; None where no guard watches."""
 
     acceptance: AcceptanceModel
     cost: CostModel
     metrics: dict[str, float]
+    guard: GuardState | None = None
 
 
 @dataclass(slots=True)
 class Learned:
     """acceptance: what was observed of the drafts; cost: what steps took; lengths: of finished rollouts, None where
-    the receiver learns them from the records itself."""
+    the receiver learns them from the records itself; guards: of the workers, in their order, for those that start."""
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
     cost: CostModel = field(default_factory=CostModel)
     lengths: LengthModel | None = field(default_factory=LengthModel)
+    guards: list[GuardState] = field(default_factory=list)
 
     def observe(self, observed: Iterable[Observed]) -> AcceptanceModel:
         """Takes in what the workers observed in a step; returns the step's own acceptance."""
         of_step = AcceptanceModel()
         self.acceptance.fade()
         self.cost.fade()
+        self.guards = []
         for worker in observed:
             of_step.add(worker.acceptance)
             self.cost.add(worker.cost)
+            if worker.guard is not None:
+                self.guards.append(worker.guard)
         self.acceptance.add(of_step)
         return of_step
 
     def without_lengths(self) -> Learned:
-        """The same for workers that have seen the same records."""
+        """The same for workers that go on: they have seen the same records, and their guards know themselves."""
         return Learned(self.acceptance, self.cost, None)
 
     def to_arrays(self) -> dict[str, Any]:
         """Everything as lists, for JSON."""
         lengths = {} if self.lengths is None else self.lengths.to_arrays()
-        return {"acceptance": self.acceptance.to_arrays(), "cost": self.cost.to_arrays(), "lengths": lengths}
+        guards = [guard.to_arrays() for guard in self.guards]
+        models = {"acceptance": self.acceptance.to_arrays(), "cost": self.cost.to_arrays(), "lengths": lengths}
+        return models | {"guards": guards}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Learned:
@@ -62,6 +70,7 @@ class Learned:
             AcceptanceModel.from_arrays(arrays["acceptance"]),
             CostModel.from_arrays(arrays["cost"]),
             LengthModel.from_arrays(arrays["lengths"]),
+            [GuardState.from_arrays(guard) for guard in arrays["guards"]],
         )
 
 

@@ -2,49 +2,45 @@
 
 Invariants
 - Every request handed to `generate` comes back exactly once, or PoolError says which worker failed.
-- Requests are dealt longest predicted first to the least loaded worker; where they run changes no token.
+- Requests are dealt longest predicted first to the least loaded worker, and a worker that runs out of them takes what
+  others have queued; where they run changes no token.
 - Every wait has a deadline, and the error names who was waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.actors import PoolError, PoolTimeout, dump_stacks, make_actor, wait_for
+from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.flight import CALL_TIMEOUT_S, Flight
 from slipstream.rollout.learned import Learned, Observed
+from slipstream.rollout.streaming_worker import StreamingWorker, WorkerReport
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
+from slipstream.rollout.worker import GenerateResult, WorkerSpec
 
 Routing = Literal["sample", "group"]
-WATCH_GROUP = "watch"
-"""Calls of this concurrency group have a thread of their own: they are answered while everything else is stuck."""
-
-
-class PoolError(EngineError):
-    """A worker died, failed or did not answer in time; the message names it and what was asked."""
-
-
-class PoolTimeout(PoolError):
-    """A deadline passed."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
     """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it
-    observed."""
+    observed. num_stolen: requests that an idle worker took from a loaded one."""
 
     rollouts: list[Rollout]
     stats: list[EngineStats]
     busy_s: list[float]
     observed: list[Observed]
+    num_stolen: int = 0
 
 
 def assign_requests(
@@ -70,57 +66,32 @@ def assign_requests(
     return dealt
 
 
-def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: float) -> list[Any]:
-    """ray.get with a deadline; PoolError or PoolTimeout names the first actor that did not deliver."""
-    try:
-        return ray.get(list(refs), timeout=timeout_s)
-    except GetTimeoutError:
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-        late = [name for ref, name in zip(refs, names, strict=True) if ref not in done]
-        raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {', '.join(late)}") from None
-    except RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PoolError(f"{what}: an actor died ({', '.join(names)}): {reason}") from error
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        raise PoolError(f"{what}: {type(cause).__name__}: {cause}") from error
-
-
-def make_actor(cls: type, num_cpus: float, num_gpus: float, max_concurrency: int = 1) -> Any:
-    """A Ray actor class whose instances answer calls of WATCH_GROUP whatever else they do."""
-    # Any: ray's types know neither concurrency groups nor the methods that exist at run time only.
-    remote: Any = ray.remote
-    groups = {WATCH_GROUP: 1}
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": max_concurrency}
-    return remote(**options, concurrency_groups=groups)(cls)
-
-
-def dump_stacks(actors: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
-    """Asks actors that have a method `stacks` for their threads' stacks. Never raises, never waits longer."""
-    refs = {name: actor.stacks.options(concurrency_group=WATCH_GROUP).remote() for name, actor in actors.items()}
-    done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
-    out = {}
-    for name, ref in refs.items():
-        try:
-            out[name] = ray.get(ref) if ref in done else f"no answer within {timeout_s:g} s: stopped, dead or in C code"
-        except RayError as error:
-            out[name] = " ".join(str(error).split())[:300]
-    return out
-
-
 class RolloutPool:
-    """`num_workers` Ray actors with the same spec."""
+    """`num_workers` Ray actors with the same spec.
 
-    actor_class: type[RolloutWorker] = RolloutWorker
-    max_concurrency = 1
+    The actors are streaming workers, although all requests of a `generate` are known at once: such a worker can be
+    spoken to between two engine steps, which is what moving queued requests needs. A batch in which nobody has to
+    queue is one call per worker.
+    """
+
+    max_concurrency = 8
+    """Threads of an actor: one each for a poll, a call that waits for a step, and a few that were given up."""
 
     def __init__(
-        self, spec: WorkerSpec, num_workers: int, num_cpus: float, num_gpus: float, routing: Routing = "sample"
+        self,
+        spec: WorkerSpec,
+        num_workers: int,
+        num_cpus: float,
+        num_gpus: float,
+        routing: Routing = "sample",
+        steal: bool = True,
     ) -> None:
         self._routing = routing
-        actor = make_actor(self.actor_class, num_cpus, num_gpus, self.max_concurrency)
+        self._num_slots, self._steal = spec.max_live_requests, steal and num_workers > 1
+        actor = make_actor(StreamingWorker, num_cpus, num_gpus, self.max_concurrency)
         self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
         self._names = [f"rollout worker {i}" for i in range(num_workers)]
+        self._flight = Flight(self._workers, self._names, self._num_slots, self._steal)
 
     def ready(self, timeout_s: float) -> list[dict[str, Any]]:
         """Waits until every worker has loaded its model; what each reports about itself."""
@@ -164,21 +135,56 @@ class RolloutPool:
     ) -> PoolResult:
         """Runs the requests to their end on all workers."""
         dealt = assign_requests(requests, predicted, len(self._workers), self._routing)
+        moving = self._steal and max(map(len, dealt)) > self._num_slots
+        run = self._run_moving if moving else self._run_apart
+        rollouts, result = run(dealt, timeout_s, speculate)
+        by_uid = {rollout.request.uid: rollout for rollout in rollouts}
+        lost = [request.uid for request in requests if request.uid not in by_uid]
+        if lost:
+            raise PoolError(f"rollouts: {len(lost)} of {len(requests)} requests did not come back, first uid {lost[0]}")
+        result.rollouts.extend(by_uid[request.uid] for request in requests)
+        return result
+
+    def _run_apart(
+        self, dealt: list[list[Request]], timeout_s: float, speculate: bool
+    ) -> tuple[list[Rollout], PoolResult]:
+        """Every worker its own share. The rollouts, and a result without them."""
         refs = [
             worker.generate.remote(share, speculate, timeout_s)
             for worker, share in zip(self._workers, dealt, strict=True)
         ]
         results: list[GenerateResult] = wait_for(refs, self._names, "rollouts", timeout_s)
-        by_uid = {rollout.request.uid: rollout for result in results for rollout in result.rollouts}
-        lost = [request.uid for request in requests if request.uid not in by_uid]
-        if lost:
-            raise PoolError(f"rollouts: {len(lost)} of {len(requests)} requests did not come back, first uid {lost[0]}")
-        return PoolResult(
-            [by_uid[request.uid] for request in requests],
-            [result.stats for result in results],
-            [result.seconds for result in results],
-            [result.observed for result in results],
-        )
+        rollouts = [rollout for result in results for rollout in result.rollouts]
+        stats, seconds = [result.stats for result in results], [result.seconds for result in results]
+        return rollouts, PoolResult([], stats, seconds, [result.observed for result in results])
+
+    def _run_moving(
+        self, dealt: list[list[Request]], timeout_s: float, speculate: bool
+    ) -> tuple[list[Rollout], PoolResult]:
+        """Somebody has to queue: whoever runs out of requests gets queued ones. Answers as _run_apart."""
+        deadline = time.monotonic() + timeout_s
+        refs = [worker.begin.remote(speculate, CALL_TIMEOUT_S) for worker in self._workers]
+        wait_for(refs, self._names, "beginning a batch", CALL_TIMEOUT_S)
+        for i, share in enumerate(dealt):
+            for request in share:
+                self._flight.assign(i, request.uid, 1.0)
+        self._flight.submit(dict(enumerate(dealt)))
+        rollouts: list[Rollout] = []
+        while any(self._flight.num_held):
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                late = [name for name, held in zip(self._names, self._flight.num_held, strict=True) if held]
+                raise PoolTimeout(f"rollouts: waited {timeout_s:g} s for {', '.join(late)}")
+            rollouts += self._flight.poll(left)
+        reports = self._report()
+        busy_s, observed = [one.busy_s for one in reports], [one.observed for one in reports]
+        stolen = self._flight.take_num_stolen()
+        return rollouts, PoolResult([], [one.stats for one in reports], busy_s, observed, stolen)
+
+    def _report(self) -> list[WorkerReport]:
+        """What every worker did since it last told, or began a batch."""
+        refs = [worker.report.remote(CALL_TIMEOUT_S) for worker in self._workers]
+        return wait_for(refs, self._names, "reports", CALL_TIMEOUT_S)
 
     def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
         """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
@@ -190,8 +196,13 @@ class RolloutPool:
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
 
-        learned: what all workers together have observed; with lengths after a resume, None to leave it as it is.
+        learned: what all workers together have observed; with lengths and guards after a resume, None to leave it as
+        it is. With another number of workers than before, the guards are dealt in turns.
         """
         shared, observed = ray.put(records), ray.put(learned)
-        refs = [worker.publish.remote(step, shared, observed) for worker in self._workers]
+        guards = learned.guards if learned is not None and learned.guards else [None]
+        refs = [
+            worker.publish.remote(step, shared, observed, guards[i % len(guards)])
+            for i, worker in enumerate(self._workers)
+        ]
         wait_for(refs, self._names, f"history of step {step}", timeout_s)

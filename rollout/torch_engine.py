@@ -7,7 +7,7 @@ Invariants
 - A request's tokens depend on its own rows only. On the CPU in float32 that holds to the bit: attention sums in a
   fixed order and the packed length is padded to a multiple of ROW_MULTIPLE, for which matrix products give every
   row the same bits whatever the number of rows.
-- Every submitted request leaves exactly once.
+- Every submitted request leaves exactly once: as a rollout, or unstarted from `take_queued`.
 """
 
 from __future__ import annotations
@@ -347,6 +347,14 @@ class TorchEngine:
             empty = np.zeros(0, np.int32)
             out.append(Rollout(request, empty, empty.astype(np.float32), empty, "abort"))
         return out + [self._release(self.table.slot_of[u], "abort") for u in wanted if u in self.table.slot_of]
+
+    def take_queued(self, max_count: int) -> list[Request]:
+        """Up to max_count requests that hold no slot yet, those that would start last, in the order of the queue."""
+        taken = [self._queue.pop() for _ in range(min(max_count, len(self._queue)))]
+        for request in taken:
+            self._queued_uids.discard(request.uid)
+            self.prefixes.dequeue(request)
+        return taken[::-1]
 
     def drain(self, timeout_s: float) -> list[Rollout]:
         """Steps until all requests are finished."""

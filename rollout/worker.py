@@ -1,4 +1,4 @@
-"""The rollout worker: one engine in one process, driven by the pool.
+"""The rollout worker: one engine in one process.
 
 Invariants: a call returns every request it was given, as a rollout; a replay with drafting off leaves the drafter as
 it was; the worker holds no state that a checkpoint would need besides the drafter's history.
@@ -24,7 +24,7 @@ from slipstream.rollout.class_budget import ClassBudget
 from slipstream.rollout.closed_form import ClosedFormBudget
 from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.engine import EngineStats
-from slipstream.rollout.guard import Guard
+from slipstream.rollout.guard import Guard, GuardState
 from slipstream.rollout.learned import Learned, Observed, observe_records
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.pricing import Pricing
@@ -100,7 +100,7 @@ def make_pricing(spec: WorkerSpec) -> Pricing:
 
 
 class RolloutWorker:
-    """One engine with its drafter. Made a Ray actor by the pool, usable as a plain object."""
+    """One engine with its drafter, a plain object; rollout.streaming_worker makes it what the pools drive."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -140,7 +140,7 @@ class RolloutWorker:
     def generate(self, requests: list[Request], speculate: bool, timeout_s: float) -> GenerateResult:
         """Runs the requests to their end. speculate=False replays without drafting and without learning."""
         engine = self._engine
-        engine.drafter, engine.budget = (self._drafter, self._budget) if speculate else (None, None)
+        self.speculate(speculate)
         engine.stats(reset=True)
         started = time.perf_counter()
         engine.submit(requests)
@@ -148,22 +148,29 @@ class RolloutWorker:
         seconds = time.perf_counter() - started
         return GenerateResult(rollouts, engine.stats(reset=True), seconds, self.observed())
 
+    def speculate(self, wanted: bool) -> None:
+        """Drafting on or off, for requests that come from now on."""
+        self._engine.drafter, self._engine.budget = (self._drafter, self._budget) if wanted else (None, None)
+
     def observed(self) -> Observed:
         """What the engine observed since the last call."""
         engine, pricing = self._engine, self._engine.pricing
         acceptance = engine.acceptance.minus(self._acceptance_before)
         cost = pricing.cost.minus(self._cost_before)
         self._acceptance_before, self._cost_before = engine.acceptance.copy(), pricing.cost.copy()
-        return Observed(acceptance, cost, pricing.metrics())
+        guard = None if pricing.guard is None else pricing.guard.state()
+        return Observed(acceptance, cost, pricing.metrics(), guard)
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """Replaces the policy in place; returns the version now served."""
         self._engine.update_policy(weights, version)
         return self._engine.policy_version
 
-    def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
+    def publish(
+        self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None
+    ) -> None:
         """Step boundary: the drafter's window rolls. learned: what all workers together observed so far; its lengths,
-        where it has any, hold those of the records already."""
+        where it has any, hold those of the records already. guard: what this worker's guard goes on from."""
         if self._drafter is None:
             return
         self._drafter.publish(step, records)
@@ -174,6 +181,8 @@ class RolloutWorker:
             self._acceptance_before = learned.acceptance
             pricing.cost.replace(learned.cost)
             self._cost_before = pricing.cost.copy()
+        if guard is not None and pricing.guard is not None:
+            pricing.guard.restore(guard)
         lengths = learned.lengths if learned is not None else None
         if lengths is None:
             lengths = pricing.lengths

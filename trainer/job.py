@@ -50,7 +50,7 @@ def run_job(settings: Settings, run_dir: Path, resume: bool) -> int:
 
 @contextmanager
 def _errors_as_lines() -> Iterator[None]:
-    from slipstream.rollout.pool import PoolTimeout
+    from slipstream.rollout.actors import PoolTimeout
 
     try:
         yield

@@ -75,7 +75,8 @@ class TrainLoop:
 
     def start(self, resumed_from: Path | None) -> None:
         """Starts the actors, waits for them together, restores a checkpoint."""
-        from slipstream.rollout.pool import RolloutPool, dump_stacks, make_actor, wait_for
+        from slipstream.rollout.actors import dump_stacks, make_actor, wait_for
+        from slipstream.rollout.pool import RolloutPool
         from slipstream.rollout.streaming_pool import StreamingPool
         from slipstream.trainer.cluster import learner_spec, worker_spec
         from slipstream.trainer.policy import PolicyLearner
@@ -89,7 +90,12 @@ class TrainLoop:
         streams = self.settings.algo.streams
         pool_class = StreamingPool if streams else RolloutPool
         self._pool = pool_class(
-            spec, cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.routing
+            spec,
+            cluster.num_workers,
+            cluster.cpus_per_worker,
+            cluster.gpus_per_worker,
+            cluster.routing,
+            cluster.steal,
         )
         actor = make_actor(PolicyLearner, cluster.cpus_for_learner, cluster.gpus_for_learner)
         self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from slipstream.conf.schema import Settings
 from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.actors import wait_for
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import Learned, Observed
-from slipstream.rollout.pool import RolloutPool, wait_for
+from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.types import Rollout, Sampling
 from slipstream.trainer.data.prompts import PromptOrder, PromptSet
 from slipstream.trainer.data.rewards import RewardScorer
@@ -108,6 +109,7 @@ class SyncSource:
             "timing_s/gen": generated - started,
             "timing_s/reward": time.perf_counter() - generated,
             "perf/worker_idle_share": 1.0 - sum(result.busy_s) / (max(result.busy_s) * len(result.busy_s)),
+            "das/stolen_requests": float(result.num_stolen),
         }
         epoch = context.order.epoch(step)
         return Collected(scored, result.stats, result.observed, generated - started, epoch, metrics)

@@ -18,8 +18,8 @@ import numpy as np
 import ray
 
 from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.actors import PoolTimeout, wait_for
 from slipstream.rollout.learned import Learned
-from slipstream.rollout.pool import PoolTimeout, wait_for
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Rollout
 from slipstream.trainer.advantages import uniform_groups
@@ -136,6 +136,7 @@ class StreamingSource:
             "timing_s/gen": now - started,
             "timing_s/reward": self._reward_s,
             "perf/worker_idle_share": 1.0 - sum(report.busy_s for report in reports) / max(wall_s, 1e-9),
+            "das/stolen_requests": float(self._pool.take_num_stolen()),
         }
         self._reward_s = 0.0
         epoch = max(group.number for group in batch.groups) // self._context.order.num_prompts

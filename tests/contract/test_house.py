@@ -29,7 +29,14 @@ MAY_IMPORT = {
 UPWARDS = {("trainer/main.py", "experiments")}
 CORE_ROOMS = ("kernels", "drafter", "rollout")
 HEAVY = {"ray", "wandb", "hydra", "omegaconf", "pydantic", "verl", "sglang"}
-MAY_IMPORT_HEAVY = ("rollout/worker.py", "rollout/pool.py", "rollout/streaming_pool.py", "rollout/sglang/")
+MAY_IMPORT_HEAVY = (
+    "rollout/worker.py",
+    "rollout/pool.py",
+    "rollout/streaming_pool.py",
+    "rollout/actors.py",
+    "rollout/flight.py",
+    "rollout/sglang/",
+)
 
 SOURCES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 NATIVE_SOURCES = sorted(path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".h", ".cpp"))

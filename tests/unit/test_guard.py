@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
 import pytest
 
-from slipstream.rollout.guard import FIRST_WAIT, Guard
+from slipstream.rollout.guard import FIRST_WAIT, Guard, GuardState
 
 
 def drive(guard: Guard, num_steps: int, gain: float, noise: float = 0.2, seed: int = 0, tokens: float = 3.0) -> None:
@@ -73,6 +74,48 @@ def test_what_wins_is_left_alone_and_hardly_disturbed() -> None:
     drive(guard, 20000, gain=0.5)
     assert guard.num_switched_off == 0
     assert guard.num_held_out < 0.01 * 20000
+
+
+def test_a_restored_guard_remembers_that_drafting_loses() -> None:
+    guard = Guard()
+    while guard.speculating:
+        drive(guard, 10, gain=-0.5)
+    drive(guard, 100, gain=-0.5)
+    state = GuardState.from_arrays(json.loads(json.dumps(guard.state().to_arrays())))
+    assert state == guard.state()
+    again = Guard()
+    again.restore(state)
+    assert not again.speculating
+    assert again.metrics() == guard.metrics()
+    # The trial comes when it would have come, and its loss doubles the wait.
+    left = state.wait - state.waited
+    drive(again, left - 1, gain=-0.5)
+    assert again.num_retries == 0
+    drive(again, 200, gain=-0.5)
+    assert again.num_retries == 1
+    while again.speculating:
+        drive(again, 10, gain=-0.5)
+    assert again.state().wait == 2 * FIRST_WAIT
+
+
+def test_a_restored_guard_knows_the_gain_it_had() -> None:
+    guard, again = Guard(), Guard()
+    drive(guard, 3000, gain=0.4)
+    again.restore(guard.state())
+    assert again.gain() == guard.gain()
+    assert again.gain().low > 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"sums": [1.0]}, "6 finite"), ({"sums": [np.nan] * 6}, "6 finite"), ({"wait": -1}, "0 or more")],
+)
+def test_an_impossible_state_is_refused(change: dict, word: str) -> None:
+    arrays = Guard().state().to_arrays()
+    with pytest.raises(ValueError, match=word):
+        GuardState.from_arrays(arrays | change)
+    with pytest.raises(KeyError, match="waited"):
+        GuardState.from_arrays({name: value for name, value in arrays.items() if name != "waited"})
 
 
 def test_no_measurement_is_too_odd() -> None:

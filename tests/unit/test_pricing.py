@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from slipstream.drafter.base import HistoryRecord
@@ -90,9 +92,12 @@ def test_what_was_learned_survives_a_checkpoint() -> None:
     learned = Learned()
     assert learned.lengths is not None
     observe_records(learned.lengths, known)
-    learned.observe([Observed(AcceptanceModel(), engine.pricing.cost.copy(), {})])
+    guards = [Guard().state(), dataclasses.replace(Guard().state(), speculating=False, waited=7)]
+    learned.observe([Observed(AcceptanceModel(), engine.pricing.cost.copy(), {}, guard) for guard in guards])
     again = Learned.from_arrays(learned.to_arrays())
     assert again.to_arrays() == learned.to_arrays()
     assert again.lengths is not None
     assert again.lengths.num_observed("p0") == 3
+    assert again.guards == guards
     assert learned.without_lengths().lengths is None
+    assert learned.without_lengths().guards == []

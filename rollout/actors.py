@@ -1,0 +1,77 @@
+"""What every caller of Ray actors needs: errors that name who failed, waits with a deadline, and stacks of the stuck.
+
+Invariants: every wait has a deadline; an error names the actor that it is about; the calls of WATCH_GROUP are answered
+whatever else an actor does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from slipstream.rollout.engine import EngineError
+
+WATCH_GROUP = "watch"
+"""Calls of this concurrency group have a thread of their own: they are answered while everything else is stuck."""
+
+
+class PoolError(EngineError):
+    """A worker died, failed or did not answer in time; the message names it and what was asked."""
+
+
+class PoolTimeout(PoolError):
+    """A deadline passed."""
+
+
+def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: float) -> list[Any]:
+    """ray.get with a deadline; PoolError or PoolTimeout names the actors that did not deliver."""
+    try:
+        return ray.get(list(refs), timeout=timeout_s)
+    except GetTimeoutError:
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        late = [name for ref, name in zip(refs, names, strict=True) if ref not in done]
+        raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {', '.join(late)}") from None
+    except RayActorError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PoolError(f"{what}: an actor died ({_failed(refs, names)}): {reason}") from error
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        raise PoolError(f"{what}: {_failed(refs, names)}: {type(cause).__name__}: {cause}") from error
+
+
+def _failed(refs: Sequence[Any], names: Sequence[str]) -> str:
+    """Who has failed by now."""
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+    out = []
+    for ref, name in zip(refs, names, strict=True):
+        if ref in done:
+            try:
+                ray.get(ref)
+            except RayError:
+                out.append(name)
+    return ", ".join(out or names)
+
+
+def make_actor(cls: type, num_cpus: float, num_gpus: float, max_concurrency: int = 1) -> Any:
+    """A Ray actor class whose instances answer calls of WATCH_GROUP whatever else they do."""
+    # Any: ray's types know neither concurrency groups nor the methods that exist at run time only.
+    remote: Any = ray.remote
+    groups = {WATCH_GROUP: 1}
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": max_concurrency}
+    return remote(**options, concurrency_groups=groups)(cls)
+
+
+def dump_stacks(actors: Mapping[str, Any], timeout_s: float) -> dict[str, str]:
+    """Asks actors that have a method `stacks` for their threads' stacks. Never raises, never waits longer."""
+    refs = {name: actor.stacks.options(concurrency_group=WATCH_GROUP).remote() for name, actor in actors.items()}
+    done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
+    out = {}
+    for name, ref in refs.items():
+        try:
+            out[name] = ray.get(ref) if ref in done else f"no answer within {timeout_s:g} s: stopped, dead or in C code"
+        except RayError as error:
+            out[name] = " ".join(str(error).split())[:300]
+    return out
