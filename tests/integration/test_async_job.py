@@ -1,4 +1,7 @@
-"""Jobs that collect rollouts as they finish: the bound, the counts, a kill in between, evaluation, and a stall."""
+"""Jobs that collect rollouts as they finish: the bound, the counts, a kill in between, evaluation, and a stall.
+
+Every job starts a Ray of its own: what unit tests hold as well (drain, refills, extra groups, the watchdog) is slow here.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def counts_add_up(metrics: list[dict]) -> None:
         assert record["async/groups_admitted"] == sum(record[f"async/groups_{name}"] for name in left)
 
 
-@pytest.mark.parametrize("in_flight", ["continue", "drain"])
+@pytest.mark.parametrize("in_flight", ["continue", pytest.param("drain", marks=pytest.mark.slow)])
 def test_generation_runs_ahead_within_the_bound(tmp_path: Path, in_flight: str) -> None:
     evaluation = ["evaluation.every_steps=3", "evaluation.at_start=true", "evaluation.max_prompts=4"]
     run(tmp_path, "train", *ASYNC, *evaluation, "run.name=ahead", f"algo.in_flight={in_flight}")
@@ -66,6 +69,7 @@ def test_a_killed_job_trains_every_group_once(tmp_path: Path) -> None:
     assert [record["step"] for record in jsonl(run_dir / "metrics.jsonl")] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_staleness_zero_with_refills_is_deterministic_and_on_policy(tmp_path: Path) -> None:
     """Dynamic sampling: no group that is trained on is uniform, and the same ones are found by one worker."""
     refill = [*SMALL, "algo=dapo"]
@@ -80,6 +84,7 @@ def test_staleness_zero_with_refills_is_deterministic_and_on_policy(tmp_path: Pa
     counts_add_up(metrics)
 
 
+@pytest.mark.slow
 def test_extra_groups_are_closed_early_and_counted(tmp_path: Path) -> None:
     run(tmp_path, "train", *SMALL, "run.name=extra", "algo.num_extra_groups=2")
     metrics = jsonl(tmp_path / "runs" / "extra" / "metrics.jsonl")
@@ -88,6 +93,7 @@ def test_extra_groups_are_closed_early_and_counted(tmp_path: Path) -> None:
     assert len(trained_groups(tmp_path / "runs" / "extra")) == 4 * len(metrics)
 
 
+@pytest.mark.slow
 def test_a_hung_worker_ends_the_job_with_everybodys_stacks(tmp_path: Path) -> None:
     stall = ["watchdog.timeout_s=8", "algo.num_steps=500", "run.name=hung"]
     job = subprocess.Popen(
