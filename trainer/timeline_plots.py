@@ -32,6 +32,14 @@ class Line:
     sources: list[int]
     starts_at_zero: bool = False
 
+    @property
+    def begin(self) -> float:
+        """When the first pass began."""
+        if self.starts_at_zero:
+            return 0.0
+        lasted = self.times[1] - self.times[0] if len(self.times) > 1 else self.times[0]
+        return max(self.times[0] - lasted, 0.0)
+
 
 def line_of_counts(num_tokens: int, by_source: Mapping[str, int]) -> Line:
     """A rollout of which only totals are known: its own tokens first, then what it accepted, source by source."""
@@ -48,7 +56,8 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
     live, rows = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
     ordered = sorted((line for line in lines if line.times), key=lambda line: line.times[-1])
     ends = np.array([line.times[-1] for line in ordered])
-    live.step(np.concatenate([[0.0], ends]), len(ends) - np.arange(len(ends) + 1), where="post", color="#1f5fa8")
+    times, counts = live_counts(ordered)
+    live.step(times, counts, where="post", color="#1f5fa8")
     live.set_ylabel("live requests")
     live.set_ylim(bottom=0)
     used = _draw(rows, ordered)
@@ -67,6 +76,13 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
     return figure
 
 
+def live_counts(lines: Sequence[Line]) -> tuple[np.ndarray, np.ndarray]:
+    """(times, live lines from then on): a line is live from the beginning of its first pass to the end of its last."""
+    starts, ends = np.sort([line.begin for line in lines]), np.sort([line.times[-1] for line in lines])
+    times = np.unique(np.concatenate([[0.0], starts, ends]))
+    return times, np.searchsorted(starts, times, side="right") - np.searchsorted(ends, times, side="right")
+
+
 def source_label(source: int) -> str:
     """How the legend calls a source."""
     name = SOURCE_NAMES[source]
@@ -77,9 +93,7 @@ def _draw(axes: Axes, lines: Sequence[Line]) -> list[int]:
     """One segment per pass; the sources that occur."""
     segments, colours, used = [], [], set()
     for row, line in enumerate(lines):
-        lasted = line.times[1] - line.times[0] if len(line.times) > 1 else line.times[0]
-        first = 0.0 if line.starts_at_zero else max(line.times[0] - lasted, 0.0)
-        starts = [first, *line.times[:-1]]
+        starts = [line.begin, *line.times[:-1]]
         segments += [[(a, row), (b, row)] for a, b in zip(starts, line.times, strict=True)]
         colours += [COLOURS[source] for source in line.sources]
         used.update(line.sources)

@@ -7,13 +7,14 @@ pass's time does not depend on what else the machine does with its other cores.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from slipstream.experiments.long_tail.real import Arms, Run, Setting, measure
+from slipstream.experiments.long_tail.real import Arms, Run, Setting, measure, quiet_collector
 from slipstream.experiments.long_tail.scale import closed_form_gap, generated, paper_setting, solve_ms
 from slipstream.experiments.long_tail.timeline import Recorder
 from slipstream.experiments.workload import quickstart_workload
@@ -32,26 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of every seed (default 3)")
     parser.add_argument("--visits", type=int, default=3, help="earlier visits of warm prompts (default 3)")
     parser.add_argument("--settings", nargs="+", choices=[one.name for one in SETTINGS], help="(default all)")
+    parser.add_argument("--batches", type=int, help="batches of an epoch (default 4, large 2)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="the length limit (default 512)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64], help="of generated traces")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write a PNG per arm here")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="a PNG per arm goes here (default: pictures/ beside --json)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Real runs, then replays."""
     torch.set_num_threads(args.threads)
     workload = quickstart_workload()
-    out: dict[str, Any] = {"makespan_s": {}, "of_off": {}, "engine": {}}
+    out: dict[str, Any] = {"makespan_s": {}, "of_off": {}, "engine": {}, "pictures": None}
+    pictures = picture_folder(args)
     compared = different = 0
-    for setting in SETTINGS:
-        if args.settings and setting.name not in args.settings:
-            continue
+    for setting in chosen_settings(args):
         arms = Arms(workload, setting)
-        runs = measure(arms, range(args.seeds), args.visits, args.rounds)
+        with quiet_collector():
+            runs = measure(arms, range(args.seeds), args.visits, args.rounds)
         compared, different = compared + arms.compared, different + arms.different
         for kind, by_arm in runs.items():
             add_setting(out, f"{setting.name}_{kind}", by_arm)
-        if args.pictures is not None and setting is SETTINGS[0]:
-            draw(arms, args.pictures, args.visits)
+        if pictures is not None and out["pictures"] is None:
+            draw(arms, pictures, args.visits)
+            out["pictures"] = str(args.pictures or f"{pictures.name}/ beside this file")
     ratios = out["of_off"]
     out["price_vs_best"] = {key: by["price"] / min(by.values()) for key, by in ratios.items()}
     out["worst_price_vs_best"] = max(out["price_vs_best"].values())
@@ -61,9 +68,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     gaps = closed_form_gap(args.seeds)
     out["closed_form_gap"], out["closed_form_gap_published"] = gaps["corrected"], gaps["published"]
     out["solve_ms_4096"] = solve_ms()
-    out["replay_price_vs_best"] = generated(args.seeds)
+    out["replay_price_vs_best"] = generated(args.seeds, args.workers)
     out["paper_setting"] = paper_setting(args.seeds)
     return out
+
+
+def chosen_settings(args: argparse.Namespace) -> list[Setting]:
+    """Those of --settings, at the size asked for."""
+    chosen = [one for one in SETTINGS if not args.settings or one.name in args.settings]
+    return [
+        replace(one, num_batches=args.batches or one.num_batches, max_new_tokens=args.max_new_tokens) for one in chosen
+    ]
+
+
+def picture_folder(args: argparse.Namespace) -> Path | None:
+    """--pictures, or pictures/ beside --json, which the command adds; None without both."""
+    written: Path | None = getattr(args, "json", None)
+    chosen: Path | None = args.pictures
+    return chosen or (written.absolute().parent / "pictures" if written is not None else None)
 
 
 def add_setting(out: dict[str, Any], key: str, by_arm: dict[str, list[list[Run]]]) -> None:

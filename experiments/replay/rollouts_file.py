@@ -36,6 +36,8 @@ def read_run(run: Path) -> tuple[dict[str, np.ndarray], list[list[HistoryRecord]
                 if record.prompt_id not in prompts:
                     raise ValueError(f"prompt {record.prompt_id} is not among the run's prompts")
                 steps.setdefault(row["step"], []).append(record)
+        if not steps:
+            raise ValueError(f"{ROLLOUTS_FILE} holds no finished rollout")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--run {run}: {error}; allowed: the folder of a finished run") from None
     return prompts, [steps[step] for step in sorted(steps)]

@@ -16,6 +16,7 @@ import torch
 
 from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.experiments.arms import ARMS, MAX_DRAFT_TOKENS
+from slipstream.experiments.long_tail.real import Setting, quiet_collector
 from slipstream.experiments.replay.rollouts_file import read_run
 from slipstream.experiments.replay.tokens import replay_tokens
 from slipstream.experiments.replay.validate import validate
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spread", type=float, default=0.9, help="sigma of log lengths between prompts (default 0.9)")
     parser.add_argument("--seeds", type=int, default=3, help="epochs of the validation (default 3; below 2: none)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the validation (default 3)")
+    parser.add_argument("--batches", type=int, default=4, help="batches of an epoch of the validation (default 4)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="length limit of the validation (default 512)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +62,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
     if args.seeds >= 2:
         torch.set_num_threads(1)
-        out["validation"] = validate(quickstart_workload(), range(args.seeds), args.rounds)
+        setting = Setting("quickstart", 4, 4, args.batches, args.max_new_tokens)
+        with quiet_collector():
+            out["validation"] = validate(quickstart_workload(), setting, range(args.seeds), args.rounds)
     return out
 
 

@@ -25,12 +25,11 @@ from slipstream.rollout.lengths import LengthModel
 VALIDATED = ("off", "fixed_4", "price")
 
 
-def validate(workload: Workload, seeds: Sequence[int], num_rounds: int) -> dict[str, Any]:
+def validate(workload: Workload, setting: Setting, seeds: Sequence[int], num_rounds: int) -> dict[str, Any]:
     """Predicted and measured seconds of the quickstart's warm epochs, and their relative difference, by arm.
 
     seeds: two or more.
     """
-    setting = Setting("quickstart", num_prompts=4, num_samples=4, num_batches=4)
     arms = Arms(workload, setting, VALIDATED)
     prompts = {prompt.prompt_id: prompt.tokens for prompt in workload.prompts.train}
     arms.round(arms.epoch(1000, 3))
