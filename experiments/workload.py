@@ -5,12 +5,13 @@ Invariant: the same arguments give the same requests, on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from slipstream.drafter.base import Drafter
 from slipstream.rollout.model_loader import load_policy
 from slipstream.rollout.types import Request, Sampling, request_uid
 from slipstream.trainer.config import load_settings, model_folder
@@ -56,3 +57,11 @@ def quickstart_workload(overrides: Sequence[str] = ()) -> Workload:
         raise ValueError(f"model.path={settings.model.path} is no local folder")
     tokenizer = load_tokenizer(folder)
     return Workload(folder, tokenizer, load_prompts(settings.data, tokenizer, settings.run.seed))
+
+
+def open_prompts(drafter: Drafter, requests: Iterable[Request]) -> None:
+    """Tells a drafter that is about to get history that these prompts come again, as visits in a job would have: what
+    is published is then indexed in the background, not when the first request comes."""
+    for uid, request in enumerate({request.prompt_id: request for request in requests}.values()):
+        drafter.begin(uid, request.prompt_id, request.prompt)
+        drafter.end(uid, finished=False)

@@ -20,7 +20,7 @@ from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.experiments.arms import ARMS
 from slipstream.experiments.long_tail.timeline import Recorder
-from slipstream.experiments.workload import Workload
+from slipstream.experiments.workload import Workload, open_prompts
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import observe_records
@@ -128,6 +128,7 @@ class Arms:
         """The epoch with this arm. Between batches its drafter and its lengths learn, outside the measured time."""
         job, engine = self.jobs[name], self.engine
         drafter, lengths = SuffixDrafter(), LengthModel()
+        open_prompts(drafter, [request for batch in epoch.batches for request in batch])
         for visit in epoch.visits:
             for batch in visit:
                 observe_records(lengths, batch)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--seeds", type=int, default=3, help="prompt sets and samples (default 3)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of every seed (default 3)")
-    parser.add_argument("--visits", type=int, default=3, help="earlier visits of warm prompts (default 3)")
+    parser.add_argument("--visits", type=int, default=16, help="earlier visits of warm prompts (default 16)")
     parser.add_argument("--settings", nargs="+", choices=[one.name for one in SETTINGS], help="(default all)")
     parser.add_argument("--batches", type=int, help="batches of an epoch (default 4, large 2)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="the length limit (default 512)")

@@ -31,7 +31,7 @@ from slipstream.experiments.rollout_speed.peers import (
     one_by_one,
     trl_generate,
 )
-from slipstream.experiments.workload import Workload, quickstart_workload
+from slipstream.experiments.workload import Workload, open_prompts, quickstart_workload
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import PriceBudget
 from slipstream.rollout.engine import EngineStats
@@ -78,10 +78,7 @@ class Arms:
         if history is None:
             return
         drafter = SuffixDrafter()
-        # As in a job, whose drafter knows the prompts from earlier visits: what is published is indexed meanwhile.
-        for uid, request in enumerate({request.prompt_id: request for request in self.requests}.values()):
-            drafter.begin(uid, request.prompt_id, request.prompt)
-            drafter.end(uid, finished=False)
+        open_prompts(drafter, self.requests)
         for step in sorted({record.step for record in history}):
             drafter.publish(step, [record for record in history if record.step == step])
         drafter.wait()
