@@ -52,6 +52,7 @@ def test_generation_runs_ahead_within_the_bound(tmp_path: Path, in_flight: str) 
     counts_add_up(metrics)
     assert metrics[-1]["async/groups_left"] == 0
     assert all("rollout_corr/rollout_is_mean" in record for record in metrics)
+    assert all(record["das/stolen_requests"] >= 0 for record in metrics)
     evaluated = {record["val-aux/step"] for record in metrics if "val-aux/step" in record}
     assert {6} <= evaluated <= {0, 3, 6}
 

@@ -136,6 +136,18 @@ def test_workers_and_drafters_change_no_token(change: list[str], tmp_path: Path,
     assert tokens(tmp_path / "runs" / "other") == expected
 
 
+@pytest.mark.parametrize("steal", [True, False])
+def test_queued_requests_move_between_workers_and_change_no_token(
+    steal: bool, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Slots for a few requests of each worker; with the switch off nothing moves."""
+    few = ["engine.max_live_requests=3", f"cluster.steal={str(steal).lower()}"]
+    run(tmp_path, "train", *SMALL, "run.name=few", *few)
+    moved = [record["das/stolen_requests"] for record in jsonl(tmp_path / "runs" / "few" / "metrics.jsonl")]
+    assert (sum(moved) > 0) == steal
+    assert tokens(tmp_path / "runs" / "few") == tokens(undisturbed)
+
+
 def test_ctrl_c_ends_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
     job = subprocess.Popen(
         command("train", *SMALL, "algo.num_steps=500", "run.name=stopped"),
