@@ -1,6 +1,6 @@
 """Jobs that collect rollouts as they finish: the bound, the counts, a kill in between, evaluation, and a stall.
 
-Every job starts a Ray of its own: what unit tests hold as well (drain, refills, extra groups, the watchdog) is slow
+Every job starts a Ray of its own: what unit tests hold as well (drain, positions, refills, extra groups, the watchdog) is slow
 here.
 """
 
@@ -57,6 +57,7 @@ def test_generation_runs_ahead_within_the_bound(tmp_path: Path, in_flight: str) 
     assert {6} <= evaluated <= {0, 3, 6}
 
 
+@pytest.mark.slow
 def test_a_killed_job_trains_every_group_once(tmp_path: Path) -> None:
     job = subprocess.Popen(command("train", *ASYNC, "run.name=killed"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None

@@ -136,6 +136,7 @@ def test_workers_and_drafters_change_no_token(change: list[str], tmp_path: Path,
     assert tokens(tmp_path / "runs" / "other") == expected
 
 
+@pytest.mark.slow  # whole jobs of what test_pool.py shows with a pool
 @pytest.mark.parametrize("steal", [True, False])
 def test_queued_requests_move_between_workers_and_change_no_token(
     steal: bool, tmp_path: Path, undisturbed: Path
