@@ -1,7 +1,7 @@
 """Jobs that collect rollouts as they finish: the bound, the counts, a kill in between, evaluation, and a stall.
 
-Every job starts a Ray of its own. What unit tests hold as well is slow here: drain, positions, refills, extra groups and
-the watchdog.
+Every job starts a Ray of its own. What unit tests hold as well is slow here: drain, positions, refills, extra groups
+and the watchdog.
 """
 
 from __future__ import annotations
