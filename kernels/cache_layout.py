@@ -7,6 +7,7 @@ Invariants
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class StepPlaces:
     table: Any = None
 
 
-class BlockedCache:
+class BlockedCache(ABC):
     """The CPU's layout: keys [S, Hkv, L / 16, D, 16], values [S, Hkv, L, D]; see reference.append_kv."""
 
     on_device = False
@@ -70,6 +71,7 @@ class BlockedCache:
         """Attention of the step's tokens, [T, H, D]; see reference.ragged_attention."""
         return self.ragged_attention(query, keys, values, places.slots, places.positions, scale, window, softcap)
 
+    @abstractmethod
     def ragged_attention(
         self,
         query: torch.Tensor,
@@ -82,4 +84,3 @@ class BlockedCache:
         softcap: float = 0.0,
     ) -> torch.Tensor:
         """See reference.ragged_attention."""
-        raise NotImplementedError

@@ -84,14 +84,14 @@ class ReferenceKernels(BlockedCache):
 
     name = "reference"
     own_threads = False
-
-    def adopt(self, model: nn.Module) -> None:
-        """The model keeps its own layers."""
+    append_kv = staticmethod(reference.append_kv)
+    ragged_attention = staticmethod(reference.ragged_attention)
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        self.append_kv = reference.append_kv
-        self.ragged_attention = reference.ragged_attention  # type: ignore[method-assign]
+
+    def adopt(self, model: nn.Module) -> None:
+        """The model keeps its own layers."""
 
     def sample_verify(
         self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from slipstream.kernels.dispatch import Backend, KernelSet
-from slipstream.kernels.fused_layers import norm_formula
 from slipstream.kernels.linear import linear, rms_norm
+from slipstream.kernels.recognise import norm_formula
 from slipstream.rollout.engine import EngineError
 
 LEFT_ALONE = (nn.Embedding, nn.LayerNorm)
@@ -26,10 +26,13 @@ LEFT_ALONE = (nn.Embedding, nn.LayerNorm)
 def make_invariant(model: nn.Module, kernels: KernelSet, dtype: torch.dtype) -> None:
     """Replaces the forward passes of linear layers and RMS norms of `model` in place.
 
-    C++ kernels need nothing: see kernels/native_set.py and torch_engine. Raises EngineError where the promise cannot be
-    kept: other kernels of the CPU, and layers with weights of their own that are neither.
+    C++ kernels have replaced what they compute: see kernels/native_set.py. Raises EngineError where the promise cannot
+    be kept: other kernels of the CPU, and layers with weights of their own that are neither.
     """
     if kernels.name == "native":
+        for name, module in model.named_modules():
+            if "forward" not in vars(module):
+                refuse_sums(name, module)
         return
     if not kernels.on_device:
         raise EngineError(
@@ -52,14 +55,19 @@ def replace(name: str, module: nn.Module, backend: Backend) -> None:
             )
         forward = partial(_norm_forward, module, backend, *formula)
     else:
-        wide = [key for key, tensor in module.named_parameters(recurse=False) if tensor.dim() >= 2]
-        if wide and not isinstance(module, LEFT_ALONE):
-            raise EngineError(
-                f"engine.batch_invariant=true: layer {name} ({type(module).__name__}) sums over {wide[0]!r} in an "
-                "order of its own; allowed: models of linear layers, embeddings and norms"
-            )
+        refuse_sums(name, module)
         return
     module.forward = forward
+
+
+def refuse_sums(name: str, module: nn.Module) -> None:
+    """EngineError for a layer that sums over a width of its own weights."""
+    wide = [key for key, tensor in module.named_parameters(recurse=False) if tensor.dim() >= 2]
+    if wide and not isinstance(module, LEFT_ALONE):
+        raise EngineError(
+            f"engine.batch_invariant=true: layer {name} ({type(module).__name__}) sums over {wide[0]!r} in an "
+            "order of its own; allowed: models of linear layers, embeddings and norms"
+        )
 
 
 def _linear_forward(module: nn.Linear, backend: Backend, x: torch.Tensor) -> torch.Tensor:

@@ -245,7 +245,7 @@ class LiveLengths:
 
 def _at(tables: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Cumulative hazard of `rows` at `tokens` (>= 1), linear in the log of the length between edges."""
-    # float32 throughout: numpy's vector units do it eight times faster, and lengths are not known to seven digits.
+    # float32 throughout: numpy's vector units do it faster, and lengths are not known to seven digits.
     place = np.log(tokens.astype(np.float32, copy=False))
     place *= np.float32(_PER_BIN)
     below = np.minimum(place, np.float32(NUM_BINS - 1)).astype(np.int32)

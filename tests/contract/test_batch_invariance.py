@@ -104,6 +104,8 @@ class OddRMSNorm(nn.Module):
 def test_layers_that_cannot_keep_the_promise_are_named() -> None:
     with pytest.raises(EngineError, match=r"layer model\.layers\.0.* sums over .* in an order of its own"):
         engine("mixtral")
+    with pytest.raises(EngineError, match=r"layer model\.layers\.0.* sums over .* in an order of its own"):
+        TorchEngine(tiny_model("mixtral"), kernels="native", batch_invariant=True)
     with pytest.raises(EngineError, match=r"norm odd \(OddRMSNorm\) is no RMS norm we know"):
         replace("odd", OddRMSNorm(), "reference")
     with pytest.raises(EngineError, match="batch_invariant=true with reference kernels"):

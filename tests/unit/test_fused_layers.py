@@ -9,7 +9,8 @@ from torch import nn
 from tests.triton_interpreter import DEVICE  # isort: skip
 
 from slipstream.kernels import reference
-from slipstream.kernels.fused_layers import FusedGate, FusedNorm, adopt_fused, is_silu_gate, norm_formula
+from slipstream.kernels.fused_layers import FusedGate, FusedNorm, adopt_fused
+from slipstream.kernels.recognise import is_silu_gate, norm_formula
 from slipstream.kernels.triton.silu_mul import silu_mul
 from tests.tiny_models import FAMILIES, tiny_model
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from slipstream.kernels import _native, reference  # type: ignore[attr-defined]
-from slipstream.kernels.native_layers import find_gates, find_norms
+from slipstream.kernels.native_layers import adopt_layers
 from slipstream.kernels.native_set import NativeKernels, new_packed
 from slipstream.kernels.packed_linear import PackedLinear, as_numpy, pack_linears
 from slipstream.rollout.runners import one_torch_thread
@@ -173,8 +173,8 @@ def test_only_layers_that_compute_the_same_are_taken_over() -> None:
     model = nn.ModuleList(
         [RmsNorm(8), RmsNorm(8, offset=1.0), nn.LayerNorm(8), Gated(8, 12), Gated(8, 12, scale=0.5), nn.Linear(8, 8)]
     )
-    assert [layer for layer, _ in find_norms(model)] == [model[0]]
-    assert find_gates(model) == [model[3]]
+    assert adopt_layers(model, _native, contexts()[0]) == [model[0], model[3]]
+    assert adopt_layers(model, _native, contexts()[0]) == []
 
 
 def test_a_model_taken_over_computes_what_it_did() -> None:
