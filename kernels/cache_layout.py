@@ -18,17 +18,27 @@ from slipstream.kernels.reference import KEY_BLOCK
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class TreePlaces:
+    """A pass with draft trees: positions, parents: [T] int64, as in reference.ragged_attention."""
+
+    positions: torch.Tensor
+    parents: torch.Tensor
+
+
 @dataclass(slots=True)
 class StepPlaces:
     """Where the tokens of the current forward pass live: slots, positions: [T] int64 on the cache's device.
 
     table: the requests of the pass as the Triton kernels take them (kernels/triton/step_table.py); None for kernels
-    that need positions only.
+    that need positions only. tree: where a token's place in its slot need not be its position; `positions` is then its
+    place.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
     table: Any = None
+    tree: TreePlaces | None = None
 
 
 class BlockedCache(ABC):
@@ -36,6 +46,8 @@ class BlockedCache(ABC):
 
     on_device = False
     """Whether sampling runs where the logits are, without a host round trip of its own."""
+    trees = True
+    """Whether drafts may branch."""
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -69,7 +81,8 @@ class BlockedCache(ABC):
         softcap: float,
     ) -> torch.Tensor:
         """Attention of the step's tokens, [T, H, D]; see reference.ragged_attention."""
-        return self.ragged_attention(query, keys, values, places.slots, places.positions, scale, window, softcap)
+        tree = (None, None) if places.tree is None else (places.tree.positions, places.tree.parents)
+        return self.ragged_attention(query, keys, values, places.slots, places.positions, scale, window, softcap, *tree)
 
     @abstractmethod
     def ragged_attention(
@@ -78,9 +91,11 @@ class BlockedCache(ABC):
         keys: torch.Tensor,
         values: torch.Tensor,
         slots: torch.Tensor,
-        positions: torch.Tensor,
+        places: torch.Tensor,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        positions: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See reference.ragged_attention."""

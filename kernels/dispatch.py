@@ -29,12 +29,14 @@ class KernelSet(Protocol):
     """The kernels of one engine; shapes as in kernels/reference.py, cache operations as in cache_layout.py.
 
     on_device: sampling runs where the logits are, and attention takes the step's table. own_threads: see NativeKernels.
+    trees: drafts may branch; without it the engine asks for chains.
     """
 
     name: str
     reason: str
     on_device: bool
     own_threads: bool
+    trees: bool
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -61,6 +63,16 @@ class KernelSet(Protocol):
     ) -> None:
         """See reference.append_kv."""
 
+    def move_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+    ) -> None:
+        """See reference.move_kv; only where `trees`."""
+
     def attention(
         self,
         query: torch.Tensor,
@@ -74,9 +86,14 @@ class KernelSet(Protocol):
         """See BlockedCache.attention."""
 
     def sample_verify(
-        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+        self,
+        logits: torch.Tensor,
+        offsets: np.ndarray,
+        drafts: np.ndarray,
+        rows: SamplingRows,
+        parents: np.ndarray | None = None,
     ) -> Verified:
-        """See reference.sample_verify; logits is a torch tensor on any device."""
+        """See reference.sample_verify; logits is a torch tensor on any device. parents: only where `trees`."""
 
 
 class ReferenceKernels(BlockedCache):
@@ -85,6 +102,7 @@ class ReferenceKernels(BlockedCache):
     name = "reference"
     own_threads = False
     append_kv = staticmethod(reference.append_kv)
+    move_kv = staticmethod(reference.move_kv)
     ragged_attention = staticmethod(reference.ragged_attention)
 
     def __init__(self, reason: str) -> None:
@@ -94,10 +112,15 @@ class ReferenceKernels(BlockedCache):
         """The model keeps its own layers."""
 
     def sample_verify(
-        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+        self,
+        logits: torch.Tensor,
+        offsets: np.ndarray,
+        drafts: np.ndarray,
+        rows: SamplingRows,
+        parents: np.ndarray | None = None,
     ) -> Verified:
         """Copies the logits to the host and runs the numpy twin."""
-        return reference.sample_verify(logits.float().cpu().numpy(), offsets, drafts, rows)
+        return reference.sample_verify(logits.float().cpu().numpy(), offsets, drafts, rows, parents)
 
 
 def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype, num_threads: int = 1) -> KernelSet:

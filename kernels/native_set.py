@@ -91,35 +91,55 @@ class NativeKernels(BlockedCache):
             positions.numpy(),
         )
 
+    def move_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+    ) -> None:
+        """Moves tokens to other places of their slots, one after the other."""
+        _native.move_kv(keys.numpy(), values.numpy(), slots.numpy(), source.numpy(), target.numpy())
+
     def ragged_attention(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         slots: torch.Tensor,
-        positions: torch.Tensor,
+        places: torch.Tensor,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        positions: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of packed tokens, bit-equal for every batch they come in."""
+        """Attention of packed tokens, bit-equal for every batch they come in, and for trees and chains."""
         out = torch.empty(query.shape)
         _native.ragged_attention(
             _rows(query),
             keys.numpy(),
             values.numpy(),
             slots.numpy(),
-            positions.numpy(),
+            places.numpy(),
             scale,
             window,
             softcap,
             out.numpy(),
             self.context,
+            None if positions is None else positions.numpy(),
+            None if parents is None else parents.numpy(),
         )
         return out.to(query.dtype)
 
     def sample_verify(
-        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+        self,
+        logits: torch.Tensor,
+        offsets: np.ndarray,
+        drafts: np.ndarray,
+        rows: SamplingRows,
+        parents: np.ndarray | None = None,
     ) -> Verified:
         """Samples and verifies in one call."""
         num_rows, num_requests = logits.shape[0], len(offsets) - 1
@@ -128,6 +148,7 @@ class NativeKernels(BlockedCache):
             logprobs=np.zeros(num_rows, np.float32),
             count=np.zeros(num_requests, np.int32),
             finish=np.zeros(num_requests, np.int8),
+            path=None if parents is None else np.zeros(num_rows, np.int32),
         )
         logits = logits.contiguous() if logits.dtype in NATIVE_DTYPES else logits.float()
         sample = _native.sample_verify_bf16 if logits.dtype == torch.bfloat16 else _native.sample_verify
@@ -149,5 +170,7 @@ class NativeKernels(BlockedCache):
             out.count,
             out.finish,
             self.context,
+            parents,
+            out.path,
         )
         return out

@@ -127,33 +127,46 @@ class SamplingRows:
 @dataclass(frozen=True, slots=True)
 class Verified:
     """What one step committed: tokens [R] int32 and logprobs [R] float32 (of row offsets[i] + j for the j-th new
-    token of request i), count [B] int32 and finish [B] int8 (FINISH_*)."""
+    token of request i), count [B] int32 and finish [B] int8 (FINISH_*). path: [R] int32, only where trees were
+    verified: at the same places, the row of its request that the token was sampled at."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     count: np.ndarray
     finish: np.ndarray
+    path: np.ndarray | None = None
 
 
-def sample_verify(logits: np.ndarray, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows) -> Verified:
+def sample_verify(
+    logits: np.ndarray,
+    offsets: np.ndarray,
+    drafts: np.ndarray,
+    rows: SamplingRows,
+    parents: np.ndarray | None = None,
+) -> Verified:
     """Samples the target along each draft and keeps the agreed prefix plus the first differing token.
 
-    logits: [R, V] float32; request i owns rows offsets[i]:offsets[i + 1] (at least one). Row j was computed with
-    drafts[:j] of its request in the context; drafts: [R] int32, the draft token fed after row j, -1 after the last.
+    logits: [R, V] float32; request i owns rows offsets[i]:offsets[i + 1] (at least one). Row j of a request belongs to
+    its draft token j - 1, row 0 to its last token; drafts: [R] int32, the draft token of the next row, -1 after the
+    last. parents: [R] int32, the row of the request that comes before each (-1 for its first): a tree, of which the
+    sampled path is kept; None: each row follows the one before it.
     """
     num_rows, num_requests = len(logits), len(offsets) - 1
     tokens, logprobs = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.float32)
     count, finish = np.zeros(num_requests, np.int32), np.zeros(num_requests, np.int8)
+    path = None if parents is None else np.zeros(num_rows, np.int32)
     for i in range(num_requests):
         stops = rows.stop_ids[rows.stop_offsets[i] : rows.stop_offsets[i + 1]]
-        first = int(offsets[i])
-        for j in range(first, int(offsets[i + 1])):
+        first, size = int(offsets[i]), int(offsets[i + 1] - offsets[i])
+        before = np.arange(-1, size - 1) if parents is None else parents[first : first + size]
+        at = 0
+        while at >= 0:
             try:
                 token, logprob = sample_row(
-                    logits[j],
+                    logits[first + at],
                     int(rows.seed[i]),
                     int(rows.uid[i]),
-                    int(rows.position[i]) + j - first,
+                    int(rows.position[i]) + int(count[i]),
                     float(rows.temperature[i]),
                     int(rows.top_k[i]),
                     float(rows.top_p[i]),
@@ -161,15 +174,20 @@ def sample_verify(logits: np.ndarray, offsets: np.ndarray, drafts: np.ndarray, r
             except ValueError:
                 finish[i] = FINISH_ERROR
                 break
-            tokens[j], logprobs[j] = token, logprob
+            here = first + int(count[i])
+            tokens[here], logprobs[here] = token, logprob
+            if path is not None:
+                path[here] = at
             count[i] += 1
             if token in stops:
                 finish[i] = FINISH_STOP
             elif count[i] >= rows.remaining[i]:
                 finish[i] = FINISH_LENGTH
-            if finish[i] or token != drafts[j]:
+            if finish[i]:
                 break
-    return Verified(tokens, logprobs, count, finish)
+            agreed = [row for row in range(1, size) if before[row] == at and drafts[first + row - 1] == token]
+            at = agreed[0] if agreed else -1
+    return Verified(tokens, logprobs, count, finish, path)
 
 
 def append_kv(
@@ -189,28 +207,61 @@ def append_kv(
     values[slots, :, positions, :] = new_values
 
 
+def move_kv(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Moves tokens to other places of their slots; slots, source, target: [n] int64; a place may be in both."""
+    keys[slots, :, target // KEY_BLOCK, :, target % KEY_BLOCK] = keys[
+        slots, :, source // KEY_BLOCK, :, source % KEY_BLOCK
+    ]
+    values[slots, :, target, :] = values[slots, :, source, :]
+
+
+def places_by_position(places: torch.Tensor, positions: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    """[T, longest] int64: where each token finds positions 0, 1, ... up to its own; beyond that, anything."""
+    out = torch.arange(int(positions.max()) + 1).repeat(len(places), 1)
+    for token, position in enumerate(positions.tolist()):
+        at = token
+        while int(places[at]) != position:
+            out[token, position] = places[at]
+            at, position = int(parents[at]), position - 1
+    return out
+
+
 def ragged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
-    positions: torch.Tensor,
+    places: torch.Tensor,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    positions: torch.Tensor | None = None,
+    parents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of T packed tokens, each over its own slot.
 
-    query: [T, H, D]; keys, values: as in append_kv; slots, positions: [T] int64. Token t attends to positions
+    query: [T, H, D]; keys, values: as in append_kv; slots, places: [T] int64. Token t attends to positions
     max(0, p - window + 1) .. p of slot slots[t] (window 0: all), its own key included. Query head h reads key-value
     head h // (H / Hkv). softcap c > 0 bounds the scores to c * tanh(score / c) (Gemma 2). Returns [T, H, D].
+
+    A token's position is its place, but in draft trees: there positions and parents are [T] int64, parents the token
+    before, in this pass, of each token whose place is not its position; a token attends to its path.
     """
     num_tokens, num_heads, head_dim = query.shape
     kv_heads = keys.shape[1]
-    longest = int(positions.max()) + 1
     grouped = query.view(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
-    blocks = keys[slots, :, : -(-longest // KEY_BLOCK)]
-    by_position = blocks.transpose(2, 3).flatten(3)[..., :longest]
+    furthest = int(places.max()) + 1
+    blocks = keys[slots, :, : -(-furthest // KEY_BLOCK)]
+    by_position, read = blocks.transpose(2, 3).flatten(3)[..., :furthest], values[slots, :, :furthest]
+    if positions is None or parents is None:
+        positions, longest = places, furthest
+    else:
+        index = places_by_position(places, positions, parents)[:, None, None, :]
+        longest = index.shape[-1]
+        by_position = by_position.gather(3, index.expand(-1, kv_heads, head_dim, -1))
+        read = read.gather(2, index.transpose(2, 3).expand(-1, kv_heads, -1, head_dim))
     scores = torch.matmul(grouped, by_position.to(query.dtype)) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -220,7 +271,7 @@ def ragged_attention(
         hidden |= at[None, :] <= positions[:, None] - window
     scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    out = torch.matmul(weights, values[slots, :, :longest].to(query.dtype))
+    out = torch.matmul(weights, read.to(query.dtype))
     return out.reshape(num_tokens, num_heads, head_dim)
 
 

@@ -1,8 +1,8 @@
 """How often draft tokens are accepted, measured: turns what a drafter counts into probabilities.
 
 Invariants
-- A token is observed if all before it on its path were accepted: accepted is 1, the first rejected is 0, what comes
-  after says nothing. Tokens after the end of a response say nothing either.
+- A token is observed if all before it on its path were accepted: accepted is 1, rejected is 0, what comes after a
+  rejected one says nothing. Tokens after the end of a response say nothing either.
 - A rare cell leans on its neighbours: its estimate is pulled, with the weight of `prior_weight` tokens, towards PRIOR
   times what all match lengths of its source and share show beyond PRIOR (nested shrinkage; ours).
 - Plain sums: models of several workers are added, and what is older fades by a factor per training step.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from slipstream.drafter.base import DraftBatch
+from slipstream.drafter.base import DraftBatch, Ragged
 from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS, SOURCE_CLASSES
 
 NUM_CURVE_BUCKETS = 10
@@ -75,10 +75,38 @@ class AcceptanceModel:
         column = np.arange(width)
         kept = column < accepted[:, None]
         reached = column < np.where(ended, accepted, np.minimum(drafted, accepted + 1))[:, None]
-        known = reached & (cells[:, :width] >= 0)
-        self.seen += np.bincount(cells[:, :width][known], minlength=NUM_CELLS)
-        self.accepted += np.bincount(cells[:, :width][known & kept], minlength=NUM_CELLS)
-        self._observe_curve(probs[:, :width], kept, (column < drafted[:, None]) & (~ended[:, None] | kept))
+        self._observe(cells[:, :width], probs[:, :width], drafted, ended, kept, reached)
+
+    def observe_trees(
+        self,
+        cells: np.ndarray,
+        probs: np.ndarray,
+        drafted: np.ndarray,
+        ended: np.ndarray,
+        parents: np.ndarray,
+        kept: np.ndarray,
+    ) -> None:
+        """Takes in one verified step of trees: as `observe`, with the parents of DraftBatch and the tokens kept, [rows,
+        width] bool."""
+        width = int(drafted.max(initial=0))
+        reached = np.take_along_axis(np.pad(kept, ((0, 0), (1, 0)), constant_values=True), parents + 1, axis=1)
+        reached &= (np.arange(kept.shape[1]) < drafted[:, None]) & (~ended[:, None] | kept)
+        part = np.s_[:, :width]
+        self._observe(cells[part], probs[part], drafted, ended, kept[part], reached[part])
+
+    def _observe(
+        self,
+        cells: np.ndarray,
+        probs: np.ndarray,
+        drafted: np.ndarray,
+        ended: np.ndarray,
+        kept: np.ndarray,
+        reached: np.ndarray,
+    ) -> None:
+        known = reached & (cells >= 0)
+        self.seen += np.bincount(cells[known], minlength=NUM_CELLS)
+        self.accepted += np.bincount(cells[known & kept], minlength=NUM_CELLS)
+        self._observe_curve(probs, kept, (np.arange(kept.shape[1]) < drafted[:, None]) & (~ended[:, None] | kept))
 
     def _observe_curve(self, probs: np.ndarray, kept: np.ndarray, judged: np.ndarray) -> None:
         judged = judged & ~np.isnan(probs)
@@ -196,13 +224,29 @@ class AcceptanceBuffer:
     def __init__(self, model: AcceptanceModel) -> None:
         self.model = model
         self._steps: list[tuple[np.ndarray, ...]] = []
+        self._trees: list[tuple[np.ndarray, ...]] = []
 
     def observe(
-        self, drafts: DraftBatch, rows: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, ended: np.ndarray
+        self,
+        drafts: DraftBatch,
+        rows: np.ndarray,
+        drafted: np.ndarray,
+        accepted: np.ndarray,
+        ended: np.ndarray,
+        path: Ragged | None = None,
     ) -> None:
-        """See AcceptanceModel.observe; `rows` of the drafts, which may be overwritten afterwards."""
-        self._steps.append((drafts.cells[rows], drafts.probs[rows], drafted, accepted, ended))
-        if len(self._steps) >= KEPT_STEPS:
+        """See AcceptanceModel.observe; `rows` of the drafts, which may be overwritten afterwards. path: where there are
+        trees, of every row the row of each new token (kernels.reference.Verified.path)."""
+        if path is None:
+            self._steps.append((drafts.cells[rows], drafts.probs[rows], drafted, accepted, ended))
+        else:
+            parents = drafts.parents[rows].astype(np.int64)
+            kept = np.zeros(parents.shape, bool)
+            row_of = np.repeat(np.arange(len(rows)), accepted)
+            nth = np.arange(len(row_of)) - (np.cumsum(accepted) - accepted)[row_of]
+            kept[row_of, path.values[path.offsets[row_of] + nth + 1] - 1] = True
+            self._trees.append((drafts.cells[rows], drafts.probs[rows], drafted, ended, parents, kept))
+        if len(self._steps) + len(self._trees) >= KEPT_STEPS:
             self.flush()
 
     def flush(self) -> AcceptanceModel:
@@ -210,4 +254,7 @@ class AcceptanceBuffer:
         if self._steps:
             self.model.observe(*(np.concatenate(parts) for parts in zip(*self._steps, strict=True)))
             self._steps.clear()
+        if self._trees:
+            self.model.observe_trees(*(np.concatenate(parts) for parts in zip(*self._trees, strict=True)))
+            self._trees.clear()
         return self.model

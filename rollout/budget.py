@@ -19,6 +19,9 @@ from slipstream.rollout.cost_model import CostModel, StepCost
 from slipstream.rollout.finish_last import finish_last
 from slipstream.rollout.lengths import LiveLengths
 
+MOST_LEAST_PROBABILITY_OF_A_TREE = 0.4
+"""Above it a second child, whose chance is below one half at best, is hardly ever worth its verification."""
+
 REFRESH_EVERY = 16
 """Prices after which P(last) is computed anew for an unchanged batch: lengths move slowly beside decoding."""
 
@@ -139,13 +142,18 @@ class PriceBudget:
       num_queued / (num_queued + B) lambda_i is c_base / B.
 
     The rule per row is a least probability of q_ij, with a_i and g_i as measured so far: depth follows the request's
-    length, the draft's own confidence, the live batch and the hardware. Without lengths P = 1 / B; without a trusted
+    length, the draft's own confidence, the live batch and the hardware. It holds of every node of a draft tree too, with
+    the path to it: where the least probability is low, up to `branching` continuations of a token are verified side by
+    side. Without lengths P = 1 / B; without a trusted
     cost, c_base / c_tok is the model's knee_tokens. estimates=False is for drafters that estimate no probability:
     q_ij is then the measured share of accepted tokens to the power j.
     """
 
-    def __init__(self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = ()) -> None:
+    def __init__(
+        self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = (), branching: int = 3
+    ) -> None:
         self.max_draft_tokens, self.estimates, self.widths = max_draft_tokens, estimates, tuple(widths)
+        self.branching = branching
         self.chain = ChainRate()
         self.last_chances = np.zeros(0)
         self._uids = np.zeros(0, np.int64)
@@ -162,7 +170,13 @@ class PriceBudget:
         depth = np.full(len(live), self.max_draft_tokens, np.float64)
         if not self.estimates:
             depth = np.minimum(depth, np.floor(np.log(np.maximum(threshold, 1e-12)) / np.log(self.chain.rate)))
-        return Price(_runnable(depth, self.widths), threshold.astype(np.float32))
+        return Price(_runnable(depth, self.widths), threshold.astype(np.float32), self._branches(threshold))
+
+    def _branches(self, threshold: np.ndarray) -> np.ndarray | None:
+        trees = threshold <= MOST_LEAST_PROBABILITY_OF_A_TREE
+        if self.branching < 2 or not trees.any():
+            return None
+        return np.where(trees, self.branching, 1).astype(np.int32)
 
     def _chances(self, live: LiveBatch, lengths: LiveLengths | None) -> np.ndarray:
         rows = len(live)

@@ -3,6 +3,7 @@
 Invariants
 - One slot holds one live request; a token's place is (slot, position) and is written before it is read.
 - Rewinding is free: what lies beyond a request's length is never attended to, so rejected drafts need no clearing.
+- What was accepted of a draft tree moves to the places that are its positions (`move`) before the next pass.
 - The cache keeps every position, also for sliding-window layers (the window is applied by the attention), so a
   rewind never meets an evicted key.
 - Packed layout: a step is one sequence [1, T] whose token t belongs to `StepPlaces.slots[t]`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -90,6 +92,12 @@ class SlotKVCache(Cache):
         """Writes a snapshot to the start of a slot."""
         for layer, saved in zip(self.slot_layers, prefix, strict=True):
             self.kernels.restore(*layer.stored, slot, saved)
+
+    def move(self, slots: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
+        """Brings tokens to other places of their slots, in all layers. [n] int64 each."""
+        places = [torch.from_numpy(array).to(self.slot_layers[0].keys.device) for array in (slots, source, target)]
+        for layer in self.slot_layers:
+            self.kernels.move_kv(*layer.stored, *places)
 
     def num_bytes(self) -> int:
         """Bytes allocated for keys and values."""

@@ -1,7 +1,8 @@
 """Packs the tokens of one forward pass; array work only, no Python per request.
 
-Invariants: rows of a request are contiguous and in order of position; a request gets draft rows only when its one
-pending token is in the pass; the packed length never exceeds max_forward_tokens before padding to ROW_MULTIPLE.
+Invariants: rows of a request are contiguous and in order of their places in its slot, which are their positions but in
+draft trees; a request gets draft rows only when its one pending token is in the pass; the packed length never exceeds
+max_forward_tokens before padding to ROW_MULTIPLE.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True, slots=True)
+class TreePlan:
+    """What a pass with draft trees needs besides. positions: [T] int64, of every packed token; parents: [T] int64, the
+    packed index of the token before each draft token, -1 for others; row_parents: [R] int32, the row of the request
+    before each sampled row, -1 for its first."""
+
+    positions: np.ndarray
+    parents: np.ndarray
+    row_parents: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One forward pass.
 
-    token_ids, slots, positions: [T] int64, padded (padding lives in the spare slot, index num_slots).
+    token_ids, slots, positions: [T] int64, padded (padding lives in the spare slot, index num_slots); with a tree,
+    positions are places.
     live_slots, widths: [B'] slots with at least one token in the pass, and int64, how many. chunk_slots, chunk_sizes:
     prompt chunks that do not reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets:
     [R' + 1] int64 into the sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows:
     [R padded] int64, the packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts,
-    draft_sources: [R'].
+    draft_sources: [R']. tree: where a draft branches.
     """
 
     token_ids: np.ndarray
@@ -44,6 +57,7 @@ class StepPlan:
     draft_counts: np.ndarray
     draft_sources: np.ndarray
     num_prefill_tokens: int
+    tree: TreePlan | None = None
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -66,6 +80,36 @@ def _write_drafts(table: SlotTable, slots: np.ndarray, drafts: DraftBatch, count
     row_of = np.repeat(np.arange(len(slots)), counts)
     nth = _within(counts, _offsets(counts))
     table.tokens[slots[row_of], table.length[slots][row_of] + nth] = drafts.tokens[row_of, nth]
+
+
+def _plan_trees(
+    drafts: DraftBatch, rows: np.ndarray, counts: np.ndarray, logit_rows: np.ndarray, places: np.ndarray, pad: int
+) -> TreePlan | None:
+    """Of the sampled rows of a pass, `counts` draft tokens of each of these rows of the drafts; None for chains alone.
+
+    logit_rows: [R] packed index of each sampled row; places: [T] of the packed tokens, to which `pad` are added.
+    """
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    nth = _within(counts, _offsets(counts))
+    before = drafts.parents[rows[row_of], nth].astype(np.int64) + 1
+    if (before == nth).all():
+        return None
+    first = _offsets(counts + 1)[:-1]
+    row_parents = np.full(len(logit_rows), -1, np.int64)
+    drafted = first[row_of] + nth + 1
+    row_parents[drafted] = before
+    # A token's depth is the number of its ancestors: each round doubles the distance looked back.
+    back, depth = np.arange(len(logit_rows)), np.zeros(len(logit_rows), np.int64)
+    back[drafted], depth[drafted] = first[row_of] + before, 1
+    for _ in range(int(counts.max()).bit_length()):
+        depth += depth[back]
+        back = back[back]
+    positions = np.concatenate([places, np.arange(pad)])
+    parents = np.full(len(positions), -1, np.int64)
+    at = logit_rows[drafted]
+    positions[at] = places[logit_rows[first[row_of]]] + depth[drafted]
+    parents[at] = logit_rows[first[row_of] + before]
+    return TreePlan(positions, parents, row_parents.astype(np.int32))
 
 
 def _plan_decoding(table: SlotTable, drafts: DraftBatch) -> StepPlan:
@@ -133,6 +177,9 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
     row_drafts[has_next] = token_ids[logit_rows[has_next] + 1]
     decoding = pending == 1
     pad = -len(token_ids) % ROW_MULTIPLE
+    tree = None
+    if price is not None and price.branching is not None and drafted:
+        tree = _plan_trees(drafts, sampling, counts[sampling], logit_rows, positions, pad)
     return StepPlan(
         token_ids=np.concatenate([token_ids, np.zeros(pad, np.int64)]),
         slots=np.concatenate([row_slots, np.full(pad, table.num_slots, np.int64)]),
@@ -149,4 +196,5 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
         draft_counts=counts[sampling],
         draft_sources=drafts.source[sampling],
         num_prefill_tokens=int(take[~decoding].sum()),
+        tree=tree,
     )

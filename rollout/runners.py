@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slipstream.kernels.cache_layout import StepPlaces
+from slipstream.kernels.cache_layout import StepPlaces, TreePlaces
 from slipstream.kernels.dispatch import KernelSet
 from slipstream.kernels.reference import SamplingRows, Verified
 from slipstream.rollout.kv_cache import SlotKVCache
@@ -52,9 +52,10 @@ def forward(
 ) -> torch.Tensor:
     """Logits [R, V] of the packed rows `logit_rows`. token_ids: [T] int64; logit_rows: [R] int64."""
     cache.places = places
+    positions = places.positions if places.tree is None else places.tree.positions
     output = model(
         input_ids=token_ids[None],
-        position_ids=places.positions[None],
+        position_ids=positions[None],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=logit_rows,
@@ -86,6 +87,8 @@ class PackedRunner:
         """Runs the model; on the CPU it is done on return."""
         started = time.perf_counter()
         places = StepPlaces(self._upload(plan.slots), self._upload(plan.positions))
+        if plan.tree is not None:
+            places.tree = TreePlaces(self._upload(plan.tree.positions), self._upload(plan.tree.parents))
         token_ids, logit_rows = self._upload(plan.token_ids), self._upload(plan.logit_rows)
         with one_torch_thread() if self._kernels.own_threads else nullcontext():
             logits = forward(self._model, self._cache, token_ids, places, logit_rows)
@@ -99,7 +102,8 @@ class PackedRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         forward_to = time.perf_counter()
-        verified = self._kernels.sample_verify(logits, plan.row_offsets, plan.row_drafts, rows)
+        parents = None if plan.tree is None else plan.tree.row_parents
+        verified = self._kernels.sample_verify(logits, plan.row_offsets, plan.row_drafts, rows, parents)
         return StepResult(verified, forward_to - started, time.perf_counter() - forward_to)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:

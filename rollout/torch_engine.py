@@ -210,7 +210,8 @@ class TorchEngine:
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
         np.clip(limit, 0, self.max_draft_tokens, out=limit)
-        price = Price(limit.astype(np.int32), price.min_accept_prob)
+        branching = price.branching if self.kernels.trees else None
+        price = Price(limit.astype(np.int32), price.min_accept_prob, branching)
         if limit.any():
             self._extend_late()
             self.drafter.propose(live, price, self._drafts)
@@ -241,6 +242,8 @@ class TorchEngine:
         table.tokens[where] = verified.tokens[source]
         table.logprobs[where] = verified.logprobs[source]
         table.versions[where] = self.policy_version
+        if verified.path is not None:
+            self._gather_path(slots[row_of], (length - 1)[row_of], nth, verified.path[source])
         length += count
         table.length[slots], table.cached[slots] = length, length - 1
         table.rounds[slots] += count > 0
@@ -252,6 +255,13 @@ class TorchEngine:
             table.accepted[slots, plan.draft_sources] += accepted
             self._stats.count_drafts(plan.draft_sources, plan.draft_counts, accepted)
         return verified.finish
+
+    def _gather_path(self, slots: np.ndarray, start: np.ndarray, nth: np.ndarray, path: np.ndarray) -> None:
+        """Brings the accepted path of trees to where a chain would have been. All [n], of every new token: its slot,
+        the place of the last token before the step, how many new ones come before it, the row it was sampled at."""
+        moved = path != nth
+        if moved.any():
+            self.cache.move(slots[moved], (start + path)[moved], (start + nth)[moved])
 
     def _extend(self, plan: StepPlan, verified: Verified) -> None:
         if self.drafter is None or not len(plan.sampling_slots):
@@ -286,7 +296,8 @@ class TorchEngine:
         if self.drafter is None or not plan.draft_counts.any():
             return
         rows, accepted = plan.draft_rows, np.maximum(verified.count - 1, 0)
-        self._observed.observe(self._drafts, rows, plan.draft_counts, accepted, verified.finish != 0)
+        path = None if verified.path is None else Ragged(verified.path, plan.row_offsets)
+        self._observed.observe(self._drafts, rows, plan.draft_counts, accepted, verified.finish != 0, path)
         self._observed_steps += 1
         if calibrates_after(self._observed_steps):
             self.drafter.calibrate(self.acceptance.probabilities())

@@ -36,6 +36,20 @@ static void check_places(const CacheShape& s, const In<int64_t>& slots, const In
             "a slot or position is outside the cache");
 }
 
+// Every token whose place is not its position has a token before it in the pass, at the position before.
+static void check_tree(const In<int64_t>& slots, const In<int64_t>& places, const In<int64_t>& positions,
+                       const In<int64_t>& parents) {
+  require(positions.size() == slots.size() && parents.size() == slots.size(),
+          "positions and parents must have one entry a token");
+  for (int64_t t = 0; t < slots.size(); ++t) {
+    const int64_t place = places.data()[t], position = positions.data()[t], parent = parents.data()[t];
+    if (place == position) continue;
+    require(parent >= 0 && parent < t && slots.data()[parent] == slots.data()[t] &&
+                positions.data()[parent] + 1 == position && places.data()[parent] < place && position < place,
+            "a token of a tree needs its parent before it in the pass, one position less");
+  }
+}
+
 // [T, H, D] with the last axis side by side.
 static Rows rows_of(const py::array_t<float>& x, int64_t tokens, int64_t heads, int64_t dim, const char* message) {
   require(x.ndim() == 3 && x.shape(0) == tokens && x.shape(1) == heads && x.shape(2) == dim, message);
@@ -57,22 +71,34 @@ static void bind_attention(py::module_& m) {
     append_kv(s, k, v, k_rows, v_rows, tokens, slots.data(), positions.data());
   }, py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("new_keys").noconvert(), py::arg("new_values").noconvert(),
      py::arg("slots"), py::arg("positions"));
+  m.def("move_kv", [](In<float> keys, In<float> values, In<int64_t> slots, In<int64_t> from, In<int64_t> to) {
+    const CacheShape s = cache_shape(keys, values);
+    check_places(s, slots, from, slots.size());
+    check_places(s, slots, to, slots.size());
+    float *k = keys.mutable_data(), *v = values.mutable_data();
+    py::gil_scoped_release release;
+    move_kv(s, k, v, slots.size(), slots.data(), from.data(), to.data());
+  }, py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"), py::arg("source"), py::arg("target"));
   m.def("ragged_attention", [](py::array_t<float> query, In<float> keys, In<float> values, In<int64_t> slots,
-                               In<int64_t> positions, float scale, int64_t window, float softcap, In<float> out,
-                               Context& context) {
+                               In<int64_t> places, float scale, int64_t window, float softcap, In<float> out,
+                               Context& context, std::optional<In<int64_t>> positions,
+                               std::optional<In<int64_t>> parents) {
     const CacheShape s = cache_shape(keys, values);
     require(query.ndim() == 3 && query.shape(2) == s.head_dim && query.shape(1) % s.kv_heads == 0,
             "query must be [T, H, D] with H a multiple of Hkv");
     require(out.size() == query.size(), "out must have the shape of query");
-    check_places(s, slots, positions, query.shape(0));
+    check_places(s, slots, places, query.shape(0));
+    require(positions.has_value() == parents.has_value(), "positions and parents come together");
+    if (positions) check_tree(slots, places, *positions, *parents);
     const Rows rows = rows_of(query, query.shape(0), query.shape(1), s.head_dim, "query must be [T, H, D]");
     const AttentionArgs args{s, query.shape(0), query.shape(1), rows, keys.data(), values.data(), slots.data(),
-                             positions.data(), scale, softcap, window, out.mutable_data()};
+                             places.data(), positions ? positions->data() : nullptr,
+                             parents ? parents->data() : nullptr, scale, softcap, window, out.mutable_data()};
     py::gil_scoped_release release;
     ragged_attention(context.isa, &context.threads, args);
   }, py::arg("query").noconvert(), py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"),
-     py::arg("positions"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(),
-     py::arg("context"));
+     py::arg("places"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(),
+     py::arg("context"), py::arg("positions") = py::none(), py::arg("parents") = py::none());
 }
 
 // Numpy has no bfloat16: such arrays come as int16 of the same bits.
@@ -81,7 +107,8 @@ static void bind_sample_verify(py::module_& m, const char* name) {
   m.def(name, [](In<Stored> logits, In<int64_t> offsets, In<int32_t> drafts, In<uint64_t> seed, In<uint64_t> uid,
                  In<int32_t> position, In<float> temperature, In<float> top_p, In<int32_t> top_k, In<int32_t> remaining,
                  In<int32_t> stop_ids, In<int32_t> stop_offsets, In<int32_t> tokens, In<float> logprobs,
-                 In<int32_t> count, In<int8_t> finish, Context& context) {
+                 In<int32_t> count, In<int8_t> finish, Context& context, std::optional<In<int32_t>> parents,
+                 std::optional<In<int32_t>> path) {
     require(logits.ndim() == 2 && logits.shape(1) > 0, "logits must be [R, V]");
     const int64_t rows = logits.shape(0), requests = offsets.size() - 1;
     require(requests >= 0 && drafts.size() == rows && tokens.size() == rows && logprobs.size() == rows,
@@ -89,6 +116,8 @@ static void bind_sample_verify(py::module_& m, const char* name) {
     for (int64_t i = 0; i < requests; ++i)
       require(offsets.data()[i] < offsets.data()[i + 1], "every request needs at least one row");
     require(requests == 0 || (offsets.data()[0] == 0 && offsets.data()[requests] == rows), "offsets must cover the rows");
+    require(parents.has_value() == path.has_value(), "parents and path come together");
+    require(!parents || (parents->size() == rows && path->size() == rows), "parents and path must have one entry a row");
     const auto per_request = [&](py::ssize_t size) { return size == requests; };
     require(per_request(seed.size()) && per_request(uid.size()) && per_request(position.size()) &&
                 per_request(temperature.size()) && per_request(top_p.size()) && per_request(top_k.size()) &&
@@ -96,16 +125,19 @@ static void bind_sample_verify(py::module_& m, const char* name) {
                 stop_offsets.size() == requests + 1,
             "sampling parameters must have one entry a request");
     const VerifyArgs<T> args{reinterpret_cast<const T*>(logits.data()), static_cast<int>(logits.shape(1)),
-                             static_cast<int>(requests), offsets.data(), drafts.data(), seed.data(), uid.data(),
-                             position.data(), temperature.data(), top_p.data(), top_k.data(), remaining.data(),
-                             stop_ids.data(), stop_offsets.data(), tokens.mutable_data(), logprobs.mutable_data(),
+                             static_cast<int>(requests), offsets.data(), drafts.data(),
+                             parents ? parents->data() : nullptr, seed.data(), uid.data(), position.data(),
+                             temperature.data(), top_p.data(), top_k.data(), remaining.data(),
+                             stop_ids.data(), stop_offsets.data(), path ? path->mutable_data() : nullptr,
+                             tokens.mutable_data(), logprobs.mutable_data(),
                              count.mutable_data(), finish.mutable_data()};
     py::gil_scoped_release release;
     sample_verify(context.isa, &context.threads, args);
   }, py::arg("logits"), py::arg("offsets"), py::arg("drafts"), py::arg("seed"), py::arg("uid"), py::arg("position"),
      py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("remaining"), py::arg("stop_ids"),
      py::arg("stop_offsets"), py::arg("tokens").noconvert(), py::arg("logprobs").noconvert(),
-     py::arg("count").noconvert(), py::arg("finish").noconvert(), py::arg("context"));
+     py::arg("count").noconvert(), py::arg("finish").noconvert(), py::arg("context"),
+     py::arg("parents") = py::none(), py::arg("path").noconvert() = py::none());
 }
 
 template <typename Stored, typename T>

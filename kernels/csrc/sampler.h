@@ -102,15 +102,27 @@ struct VerifyArgs {
   int vocab, num_requests;
   const int64_t* offsets;  // [num_requests + 1]
   const int32_t* drafts;   // [rows]
+  const int32_t* parents;  // [rows], of trees: the request's row before each, -1 for its first; null: chains
   const uint64_t *seed, *uid;
   const int32_t* position;
   const float *temperature, *top_p;
   const int32_t *top_k, *remaining, *stop_ids, *stop_offsets;
+  int32_t* path;    // [rows], of trees: of every new token, the request's row that it was sampled at
   int32_t* tokens;  // [rows]
   float* logprobs;  // [rows]
   int32_t* count;   // [num_requests]
   int8_t* finish;   // [num_requests]
 };
+
+// The row, from `after` on, of the child of row `at` that bears `token`; -1: none. Rows count from the request's first.
+template <typename T>
+int64_t find_child(const VerifyArgs<T>& a, int i, int64_t at, int32_t token) {
+  const int64_t first = a.offsets[i], rows = a.offsets[i + 1] - first;
+  if (!a.parents) return a.drafts[first + at] == token ? at + 1 : -1;
+  for (int64_t row = at + 1; row < rows; ++row)
+    if (a.parents[first + row] == at && a.drafts[first + row - 1] == token) return row;
+  return -1;
+}
 
 template <typename T>
 void verify_request(Isa isa, const VerifyArgs<T>& a, int i, RowScratch& scratch) {
@@ -118,21 +130,24 @@ void verify_request(Isa isa, const VerifyArgs<T>& a, int i, RowScratch& scratch)
   const int32_t *stop_first = a.stop_ids + a.stop_offsets[i], *stop_last = a.stop_ids + a.stop_offsets[i + 1];
   a.count[i] = 0;
   a.finish[i] = kNone;
-  for (int64_t j = a.offsets[i]; j < a.offsets[i + 1]; ++j) {
-    const uint32_t position = static_cast<uint32_t>(a.position[i] + (j - a.offsets[i]));
-    const Sampled drawn = sample_row(isa, a.logits + j * a.vocab, row, position, scratch);
+  for (int64_t at = 0; at >= 0;) {
+    const int64_t logits_row = a.offsets[i] + at, out = a.offsets[i] + a.count[i];
+    const uint32_t position = static_cast<uint32_t>(a.position[i] + a.count[i]);
+    const Sampled drawn = sample_row(isa, a.logits + logits_row * a.vocab, row, position, scratch);
     if (!drawn.ok) {
       a.finish[i] = kError;
       break;
     }
-    a.tokens[j] = drawn.token;
-    a.logprobs[j] = drawn.logprob;
+    a.tokens[out] = drawn.token;
+    a.logprobs[out] = drawn.logprob;
+    if (a.path) a.path[out] = static_cast<int32_t>(at);
     ++a.count[i];
     if (std::find(stop_first, stop_last, drawn.token) != stop_last)
       a.finish[i] = kStop;
     else if (a.count[i] >= a.remaining[i])
       a.finish[i] = kLength;
-    if (a.finish[i] != kNone || drawn.token != a.drafts[j]) break;
+    if (a.finish[i] != kNone) break;
+    at = find_child(a, i, at, drawn.token);
   }
 }
 

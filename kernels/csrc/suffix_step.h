@@ -6,6 +6,8 @@
 // - The tiers of many requests do not fit into the caches together, and every walk is a chain of loads: rows are worked
 //   on in blocks, and what a block will look at is fetched one link a pass, so that the loads of its rows overlap.
 #pragma once
+#include <numeric>
+
 #include "suffix_tree_draft.h"
 
 namespace slipstream {
@@ -125,18 +127,26 @@ class StepWorker {
                                options.escape, options.enough};
       const LiveView live{*request.live, request.sequence, request.cursor};
       const FrozenView frozen{*request.frozen};
-      if (out.branching[row] > 1) return draft_tree(request, live, frozen, out, row, options, calibration, limits);
+      if (out.branching[row] > 1) {
+        if (draft_tree(request, live, frozen, out, row, options, calibration, limits) < options.shared_below)
+          ask_shared(request, row);
+        return;
+      }
       draft_from(frozen, request.at, request.matched, options.max_candidates, calibration, limits, best, spare);
       draft_from(live, request.cursor, length, options.max_candidates, calibration, limits, best, spare);
-      if (request.shared && best.score < options.shared_below) {
-        poor_.push_back(row);
-        request.shared->prefetch_slots(request.recent);
-      }
+      if (best.score < options.shared_below) ask_shared(request, row);
     }
     store(best, out, row);
   }
 
-  void draft_tree(const OpenRequest& request, const LiveView& live, const FrozenView& frozen, const DraftRows& out,
+  void ask_shared(const OpenRequest& request, int32_t row) {
+    if (!request.shared) return;
+    poor_.push_back(row);
+    request.shared->prefetch_slots(request.recent);
+  }
+
+  // The tree's score: the expected number of its tokens that are accepted.
+  float draft_tree(const OpenRequest& request, const LiveView& live, const FrozenView& frozen, const DraftRows& out,
                   int32_t row, const SetOptions& options, const Calibration& calibration, const DraftLimits& limits) {
     const int64_t first = row * out.width;
     TreeRow tree{out.tokens + first, out.parents + first, out.probs + first, out.cells + first};
@@ -146,6 +156,7 @@ class StepWorker {
     out.match_len[row] = tree.match_len;
     out.source[row] = tree.source;
     out.age[row] = tree.age;
+    return std::accumulate(tree.probs, tree.probs + tree.count, 0.0f);
   }
 
   void draft_shared(const std::vector<OpenRequest*>& requests, const DraftRows& out, const SetOptions& options,

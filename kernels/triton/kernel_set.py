@@ -24,6 +24,7 @@ class TritonKernels:
 
     name = "triton"
     on_device = True
+    trees = False
     own_threads = False
 
     def __init__(self, reason: str) -> None:
@@ -68,6 +69,18 @@ class TritonKernels:
             new_keys, new_values = new_keys.contiguous(), new_values.contiguous()
         cache_ops.append_kv(keys, values, new_keys, new_values, slots, positions)
 
+    def move_kv(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        source: torch.Tensor,
+        target: torch.Tensor,
+    ) -> None:
+        """Moves tokens to other places of their slots."""
+        keys[slots, :, target] = keys[slots, :, source]
+        values[slots, :, target] = values[slots, :, source]
+
     def attention(
         self,
         query: torch.Tensor,
@@ -82,9 +95,16 @@ class TritonKernels:
         return step_attention(query, keys, values, places.table, scale, window, softcap)
 
     def sample_verify(
-        self, logits: torch.Tensor, offsets: np.ndarray, drafts: np.ndarray, rows: SamplingRows
+        self,
+        logits: torch.Tensor,
+        offsets: np.ndarray,
+        drafts: np.ndarray,
+        rows: SamplingRows,
+        parents: np.ndarray | None = None,
     ) -> Verified:
-        """Samples and verifies where the logits are, then waits for the result."""
+        """Samples and verifies chains where the logits are, then waits for the result. Raises ValueError for trees."""
+        if parents is not None:
+            raise ValueError("the Triton sampler verifies chains, and was given a tree")
         device = logits.device
         tables = torch.from_numpy(offsets).to(device), torch.from_numpy(drafts).to(device)
         return sampler.sample_verify(logits, *tables, sampler.device_rows(rows, device)).to_host()
