@@ -142,11 +142,11 @@ class PriceBudget:
       num_queued / (num_queued + B) lambda_i is c_base / B.
 
     The rule per row is a least probability of q_ij, with a_i and g_i as measured so far: depth follows the request's
-    length, the draft's own confidence, the live batch and the hardware. It holds of every node of a draft tree too, with
-    the path to it: where the least probability is low, up to `branching` continuations of a token are verified side by
-    side. Without lengths P = 1 / B; without a trusted
-    cost, c_base / c_tok is the model's knee_tokens. estimates=False is for drafters that estimate no probability:
-    q_ij is then the measured share of accepted tokens to the power j.
+    length, the draft's own confidence, the live batch and the hardware. It holds of every node of a draft tree too,
+    with the path to it: where the least probability is low, up to `branching` continuations of a token are verified
+    side by side. Without lengths P = 1 / B; without a trusted cost, c_base / c_tok is the model's knee_tokens.
+    estimates=False is for drafters that estimate no probability: q_ij is then the measured share of accepted tokens to
+    the power j.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ class SlotKVCache(Cache):
 
     def move(self, slots: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
         """Brings tokens to other places of their slots, in all layers. [n] int64 each."""
-        places = [torch.from_numpy(array).to(self.slot_layers[0].keys.device) for array in (slots, source, target)]
+        places = [torch.from_numpy(array).to(self.slot_layers[0].stored[0].device) for array in (slots, source, target)]
         for layer in self.slot_layers:
             self.kernels.move_kv(*layer.stored, *places)
 

@@ -88,7 +88,7 @@ def make_budget(spec: WorkerSpec) -> BudgetPolicy | None:
     if spec.budget == "closed_form":
         return ClosedFormBudget(spec.max_draft_tokens, args["formula"], widths)
     if spec.budget == "price":
-        return PriceBudget(spec.max_draft_tokens, spec.drafter != "ngram", widths)
+        return PriceBudget(spec.max_draft_tokens, spec.drafter != "ngram", widths, args["branching"])
     return OffBudget()
 
 
