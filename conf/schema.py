@@ -270,6 +270,9 @@ class ClusterConfig(Strict):
     """Ray: a local one of our own, or an existing one by address."""
 
     address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
+    allow_unauthenticated: bool = Field(
+        False, description="Join a Ray that other machines reach although it asks for no token."
+    )
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
     routing: Literal["sample", "group"] = Field(
         "sample",
