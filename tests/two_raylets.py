@@ -46,7 +46,7 @@ class TwoRaylets:
         return bool(self.prefixes[0])
 
     def run(
-        self, command: Sequence[str], folder: Path, node: int = 0, timeout_s: float = 240.0, **environment: str | None
+        self, command: Sequence[str], folder: Path, node: int = 0, timeout_s: float = 500.0, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command on a node; environment: changes, None takes a name away."""
         merged = {name: value for name, value in (self.environment | environment).items() if value is not None}
@@ -57,8 +57,7 @@ class TwoRaylets:
 
     def processes(self, node: int) -> list[str]:
         """Titles of all processes of a node."""
-        parents, titles = _processes()
-        return [titles[pid] for pid in titles if self.roots[node] in _ancestors(pid, parents)]
+        return list(descendants(self.roots[node]).values())
 
 
 @contextlib.contextmanager
@@ -153,8 +152,7 @@ def _await(log: Path, process: subprocess.Popen[bytes]) -> None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """The node's processes: known by their ancestor, whatever sessions they have made."""
-    parents, titles = _processes()
-    family = [pid for pid in titles if process.pid in _ancestors(pid, parents)]
+    family = descendants(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
@@ -162,6 +160,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(20)
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Process id and title of everything that a process has started, and that has started in turn."""
+    parents, titles = _processes()
+    return {pid: title for pid, title in titles.items() if root in _ancestors(pid, parents)}
 
 
 def _processes() -> tuple[dict[int, int], dict[int, str]]:

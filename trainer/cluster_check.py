@@ -131,14 +131,15 @@ def _ask_nodes(settings: Settings) -> list[Node]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     addresses = Counter(node["NodeManagerAddress"] for node in alive)
     nodes, probes = [], []
-    remote: Any = ray.remote(num_cpus=0, max_concurrency=4)(NodeProbe)
+    remote: Any = ray.remote  # its types know no options of actors
+    actor = remote(num_cpus=0, max_concurrency=4)(NodeProbe)
     for entry in alive:
         address, node_id = entry["NodeManagerAddress"], entry["NodeID"]
         nodes.append(
             Node(address if addresses[address] == 1 else f"{address}#{node_id[:6]}", address, entry["Resources"])
         )
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        probes.append(remote.options(scheduling_strategy=pinned).remote())
+        probes.append(actor.options(scheduling_strategy=pinned).remote())
     try:
         here = _ask_facts(nodes, probes, settings)
         answering = [(node, probe) for node, probe in zip(nodes, probes, strict=True) if not node.silent]

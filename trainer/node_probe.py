@@ -73,7 +73,7 @@ class NodeProbe:
     def reach(self, targets: dict[str, tuple[str, int]], answer: str, timeout_s: float) -> dict[str, str]:
         """By name what went wrong with those that do not answer as they should."""
         with ThreadPoolExecutor(max(1, min(64, len(targets)))) as threads:
-            found = threads.map(lambda target: _ask(*target, answer, timeout_s), targets.values())
+            found = threads.map(lambda target: _ask(target[0], target[1], answer, timeout_s), targets.values())
             return {name: error for name, error in zip(targets, found, strict=True) if error}
 
     def _ray_disk(self) -> dict[str, Any]:
@@ -87,19 +87,21 @@ class NodeProbe:
 
 def auth_mode() -> str:
     """Ray's authentication in this process: token or disabled; a Ray too old for it says so."""
-    try:
-        from ray._raylet import AuthenticationMode, get_authentication_mode
-    except ImportError:
+    from ray import _raylet
+
+    raylet: Any = _raylet  # compiled, without types
+    if not hasattr(raylet, "AuthenticationMode"):
         return "unknown to this Ray"
-    return "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled"
+    return "token" if raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN else "disabled"
 
 
 def token_hash(salt: str) -> str:
     """A salted hash of this machine's token, 8 bytes in hex; `none` where there is no token."""
-    try:
-        from ray._raylet import AuthenticationTokenLoader
+    from ray import _raylet
 
-        token = AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
+    raylet: Any = _raylet
+    try:
+        token = raylet.AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
     except Exception:  # Ray raises its own kinds for a missing and for an unreadable file, and older ones lack it
         return "none"
     key = token.encode() if isinstance(token, str) else bytes(token or b"")

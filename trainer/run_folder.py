@@ -21,6 +21,7 @@ from slipstream.conf.schema import Settings
 from slipstream.trainer.config import load_settings, validate
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.overrides import split_experiment
+from slipstream.trainer.secret_values import refuse_secrets
 
 SETTINGS_FILE = "settings.json"
 NEWEST = ""
@@ -158,7 +159,8 @@ def _shown(value: Any) -> str:
 
 
 def _job(settings: Settings, folder: Path, resume: bool) -> Job:
-    """The folder that was decided on becomes part of the settings, so that settings.json tells all."""
+    """The folder that was decided on becomes part of the settings, so that settings.json tells all but secrets."""
+    refuse_secrets(settings.model_dump(mode="json"))
     run = settings.run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
     return Job(settings.model_copy(update={"run": run}), folder, resume)
 

@@ -63,12 +63,16 @@ def test_a_job_over_two_nodes_gives_the_tokens_of_one_node(nodes: TwoRaylets, tm
             stderr=log,
         )
         most = [0, 0]
-        deadline = time.monotonic() + 240
-        while job.poll() is None:
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            for node in (0, 1):
-                most[node] = max(most[node], sum("ray::StreamingWorker" in one for one in nodes.processes(node)))
-            time.sleep(0.2)
+        deadline = time.monotonic() + 500
+        try:
+            while job.poll() is None:
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                for node in (0, 1):
+                    most[node] = max(most[node], sum("ray::StreamingWorker" in one for one in nodes.processes(node)))
+                time.sleep(0.2)
+        finally:
+            job.kill()
+            job.wait(20)
     assert job.returncode == 0, (tmp_path / "log").read_text()
     assert most == [1, 1], "one worker on each node"
     alone = subprocess.run(
@@ -77,7 +81,7 @@ def test_a_job_over_two_nodes_gives_the_tokens_of_one_node(nodes: TwoRaylets, tm
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert alone.returncode == 0, alone.stdout + alone.stderr
@@ -101,7 +105,6 @@ def test_the_check_knows_both_nodes_and_finds_nothing(nodes: TwoRaylets, tmp_pat
 
 
 def test_the_check_names_what_falls_short(nodes: TwoRaylets, tmp_path: Path) -> None:
-    """The policy lies where only this process looks for it: in a folder that changes between the questions."""
     demands = ["cluster.num_workers=9", "cluster.gpus_for_learner=1"]
     done = nodes.run([*SLIPSTREAM, "cluster", "check", f"cluster.address={nodes.address}", *demands], tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
