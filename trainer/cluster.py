@@ -11,7 +11,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
@@ -61,7 +61,8 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     else:
         options["address"] = cluster.address
     try:
-        ray.init(**options)
+        with _loopback_only() if cluster.address is None else nullcontext():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"cluster.address={cluster.address}" if cluster.address else "local Ray"
         hint = (
@@ -69,9 +70,41 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         )
         raise ClusterError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from error
     try:
+        if cluster.address is None and (exposed := [node for node in _addresses() if not is_loopback(node)]):
+            raise ClusterError(f"local Ray listens on {exposed[0]}; allowed: loopback, which this Ray does not keep to")
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Lets a Ray that is started inside keep to loopback.
+
+    Ray takes an address of loopback as a wish for the machine's own address in the network, unless its clusters are
+    switched off, which it reads from the environment when it is imported; its processes inherit that.
+    """
+    from ray._private import ray_constants
+
+    constants: Any = ray_constants
+    name, before = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
+    variable = os.environ.get(name)
+    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
+
+
+def _addresses() -> list[str]:
+    """Of the alive nodes."""
+    import ray
+
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
 
 
 def _check_authenticated(timeout_s: float) -> None:
