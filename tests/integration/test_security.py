@@ -91,7 +91,7 @@ def listening_sockets(root: int) -> set[tuple[str, str]]:
         with contextlib.suppress(OSError):
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
-                    owners[os.readlink(link)] = title[:60]
+                    owners[os.readlink(link)] = title
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
