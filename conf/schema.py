@@ -273,6 +273,9 @@ class ClusterConfig(Strict):
     """Ray: a local one of our own, or an existing one by address."""
 
     address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
+    allow_unauthenticated: bool = Field(
+        False, description="Join a Ray that other machines reach although it asks for no token."
+    )
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
     routing: Literal["sample", "group"] = Field(
         "sample",
@@ -324,7 +327,19 @@ class CheckpointConfig(Strict):
     """What survives a crash."""
 
     every_steps: NonNegativeInt = Field(10, description="0: only at the end.")
-    keep_last: PositiveInt = 2
+    keep_last: PositiveInt = Field(2, description="The newest so many stay.")
+    keep_best: NonNegativeInt = Field(0, description="So many with the best checkpoint.best_metric stay as well.")
+    best_metric: str = Field(
+        "critic/rewards/mean",
+        description="A name in metrics.jsonl; a step without it (between two evaluations) is no candidate.",
+    )
+    best_mode: Literal["max", "min"] = Field("max", description="Whether the best value is the highest or the lowest.")
+    asynchronous: bool = Field(
+        True, description="Write while training goes on, from a copy of the learner's state in host memory."
+    )
+    timeout_s: PositiveFloat = Field(
+        600.0, description="Deadline for writing one checkpoint; Ctrl-C waits as long for one under way."
+    )
 
 
 class ProofConfig(Strict):

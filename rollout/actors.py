@@ -16,6 +16,8 @@ from slipstream.rollout.engine import EngineError
 
 WATCH_GROUP = "watch"
 """Calls of this concurrency group have a thread of their own: they are answered while everything else is stuck."""
+SAVE_GROUP = "save"
+"""The same for what may take long and disturbs nobody, such as writing a copy to disk."""
 
 
 class PoolError(EngineError):
@@ -56,10 +58,10 @@ def _failed(refs: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def make_actor(cls: type, num_cpus: float, num_gpus: float, max_concurrency: int = 1) -> Any:
-    """A Ray actor class whose instances answer calls of WATCH_GROUP whatever else they do."""
+    """A Ray actor class whose instances answer calls of WATCH_GROUP and SAVE_GROUP whatever else they do."""
     # Any: ray's types know neither concurrency groups nor the methods that exist at run time only.
     remote: Any = ray.remote
-    groups = {WATCH_GROUP: 1}
+    groups = {WATCH_GROUP: 1, SAVE_GROUP: 1}
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_concurrency": max_concurrency}
     return remote(**options, concurrency_groups=groups)(cls)
 

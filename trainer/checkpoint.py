@@ -5,6 +5,8 @@ Invariants
   `COMPLETE` lists each file's size and checksum. Killing the process at any moment leaves the earlier
   checkpoints as they were.
 - `latest` returns only what verifies; what does not is named in a warning and passed over.
+- The best checkpoints by a metric are never pruned while they are the best; `best.json` names them, and each marker
+  holds the value that it was judged by.
 - Nothing is pickled: tensors travel as safetensors.
 - One process writes to a run folder at a time.
 """
@@ -14,13 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +34,7 @@ from slipstream.trainer.errors import CheckpointError
 
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
+BEST_FILE = "best.json"
 FORMAT = 1
 
 _NAME = re.compile(r"step_(\d{6,})(\.replaced)?")
@@ -38,8 +43,21 @@ _CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
-def save(run_dir: Path, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
-    """Writes the checkpoint of `step` and returns its folder; keeps the newest `keep_last` up to this step.
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Which checkpoints are worth keeping longer: the `count` whose `metric` is highest (mode max) or lowest (min).
+
+    value: of the checkpoint that is being saved; None or not finite: it is no candidate."""
+
+    metric: str
+    mode: Literal["max", "min"]
+    count: int
+    value: float | None
+
+
+def save(run_dir: Path, step: int, write: Callable[[Path], None], keep_last: int, best: Best | None = None) -> Path:
+    """Writes the checkpoint of `step` and returns its folder; keeps the newest `keep_last` up to this step, and the
+    best ones.
 
     write: fills the folder it is given, which lies on the file system of the run. Raises CheckpointError
     when a file cannot be written (disk full, read-only); the earlier checkpoints stay. Any other error of
@@ -53,10 +71,11 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], keep_last: int
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(f"{_HIDDEN}*"):
-            shutil.rmtree(stale)
+            # The learner of a killed job may still be writing there for a moment: then the next save removes it.
+            shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=parent))
         write(partial)
-        _seal(partial, step)
+        _seal(partial, step, best)
         _put_in_place(partial, target)
     except BaseException as error:
         if partial is not None:
@@ -65,7 +84,7 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], keep_last: int
             raise CheckpointError(_failure(parent, target, error)) from error
         raise
     try:
-        _prune(parent, step, keep_last)
+        _prune(parent, step, keep_last, best)
     except OSError as error:
         _log.warning("checkpoint %s is written, but an older one cannot be removed: %s", target, error)
     return target
@@ -122,6 +141,18 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         seen.add(plain.untyped_storage().data_ptr())
         ready[name] = plain
     save_file(ready, path)
+
+
+def copy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors in host memory of their own; names of one tensor (tied weights) share one copy."""
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in copies or not tensor.numel():
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        out[name] = copies[key]
+    return out
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -197,7 +228,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
         group["lr"] = float(tensors[f"lr.{number}"])
 
 
-def _seal(partial: Path, step: int) -> None:
+def _seal(partial: Path, step: int, best: Best | None) -> None:
     """Brings every file to disk, then writes the marker that lists them."""
     marker = partial / MARKER
     if marker.exists():
@@ -212,7 +243,10 @@ def _seal(partial: Path, step: int) -> None:
             _sync(path)
             name = path.relative_to(partial).as_posix()
             files[name] = {"size": path.stat().st_size, "blake2b": _checksum(path)}
-    marker.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n")
+    content: dict[str, Any] = {"format": FORMAT, "step": step, "files": files}
+    if best is not None and best.value is not None and math.isfinite(best.value):
+        content["metric"] = {"name": best.metric, "value": best.value}
+    marker.write_text(json.dumps(content, indent=1) + "\n")
     _sync(marker)
     for folder in folders:
         _sync(folder)
@@ -229,15 +263,43 @@ def _put_in_place(partial: Path, target: Path) -> None:
     _discard(replaced)
 
 
-def _prune(parent: Path, step: int, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` complete checkpoints among those up to `step`.
+def _prune(parent: Path, step: int, keep_last: int, best: Best | None) -> None:
+    """Removes all but the newest `keep_last` and the best complete checkpoints among those up to `step`.
 
     Later ones are left alone: after a resume from an earlier step they are the damaged or the unwanted, and
     counting them would push out the good ones.
     """
     complete = [path for number, path in _candidates(parent) if number <= step and (path / MARKER).is_file()]
+    ranked = _ranked(complete, best)[: best.count] if best is not None else []
+    if best is not None and best.count:
+        entries = [{"folder": path.name, "value": value} for value, path in ranked]
+        _replace(parent / BEST_FILE, {"metric": best.metric, "mode": best.mode, "best": entries})
+    else:
+        (parent / BEST_FILE).unlink(missing_ok=True)
+    kept = {path for _, path in ranked}
     for path in complete[keep_last:]:
-        _discard(path)
+        if path not in kept:
+            _discard(path)
+
+
+def _ranked(complete: list[Path], best: Best) -> list[tuple[float, Path]]:
+    """(value, folder) of the checkpoints that were judged by the metric, best first; of equals the newer."""
+    found = []
+    for path in complete:
+        try:
+            metric = json.loads((path / MARKER).read_bytes()).get("metric")
+        except (ValueError, AttributeError):
+            continue  # damaged, as `latest` will say
+        if metric is not None and metric["name"] == best.metric:
+            found.append((float(metric["value"]), path))
+    return sorted(found, key=lambda entry: -entry[0] if best.mode == "max" else entry[0])
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    new = path.with_name(f"{_HIDDEN}{path.name}")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def _discard(path: Path) -> None:

@@ -1,27 +1,48 @@
 """Ray: a local one of our own, or a running one by address; and the actors' specs.
 
 Invariants: every way to fail is one line that names the address, the port or the resource, within
-cluster.start_timeout_s; a local Ray binds to loopback and is stopped by whoever started it.
+cluster.start_timeout_s; a local Ray binds to loopback and is stopped by whoever started it; a job runs on a Ray that
+others can reach only where that Ray asks for a token, or where the person said that it need not.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
 from slipstream.rollout.worker import WorkerSpec
 from slipstream.trainer.errors import ClusterError
+from slipstream.trainer.node_probe import auth_mode
 from slipstream.trainer.policy import LearnerSpec
 
 CONNECT_TIMEOUT_S = 5.0
+LOOPBACK = "127.0.0.1"
+_UNPROTECTED = (
+    "whoever reaches this Ray can run code on it; allowed: RAY_AUTH_MODE=token with one token on every node and here "
+    "(README, Several machines), or cluster.allow_unauthenticated=true on a network that you trust"
+)
 
 
 @contextmanager
 def ray_cluster(cluster: ClusterConfig) -> Iterator[None]:
+    """`connect`, and refuses a Ray that anybody can use or that is too small."""
+    with connect(cluster):
+        import ray
+
+        if cluster.address is not None and not cluster.allow_unauthenticated:
+            _check_authenticated(cluster.start_timeout_s)
+        if lacking := missing_resources(ray.cluster_resources(), cluster):
+            raise ClusterError(lacking[0])
+        yield
+
+
+@contextmanager
+def connect(cluster: ClusterConfig) -> Iterator[None]:
     """Connects or starts, and shuts down what was started, whatever happens inside."""
     _check_before_start(cluster)
     # Read when ray is imported: keeps its usage prompt and its metrics agent out of a local job.
@@ -29,27 +50,82 @@ def ray_cluster(cluster: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    needed = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if cluster.address is None:
         options |= {
-            "num_cpus": max(int(needed + 0.999), os.cpu_count() or 1),
+            "num_cpus": max(int(_cpus(cluster) + 0.999), os.cpu_count() or 1),
             "include_dashboard": cluster.dashboard,
             "dashboard_port": cluster.dashboard_port,
-            "_node_ip_address": "127.0.0.1",
+            "_node_ip_address": LOOPBACK,
         }
     else:
         options["address"] = cluster.address
     try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        with _loopback_only() if cluster.address is None else nullcontext():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"cluster.address={cluster.address}" if cluster.address else "local Ray"
-        raise ClusterError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        hint = (
+            "; is the token of this cluster here (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)?" if cluster.address else ""
+        )
+        raise ClusterError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from error
     try:
-        _check_resources(ray.cluster_resources(), cluster, needed)
+        if cluster.address is None and (exposed := [node for node in _addresses() if not is_loopback(node)]):
+            raise ClusterError(f"local Ray listens on {exposed[0]}; allowed: loopback, which this Ray does not keep to")
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Lets a Ray that is started inside keep to loopback.
+
+    Ray takes an address of loopback as a wish for the machine's own address in the network, unless its clusters are
+    switched off, which it reads from the environment when it is imported; its processes inherit that.
+    """
+    from ray._private import ray_constants
+
+    constants: Any = ray_constants
+    name, before = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
+    variable = os.environ.get(name)
+    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
+
+
+def _addresses() -> list[str]:
+    """Of the alive nodes."""
+    import ray
+
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+
+
+def _check_authenticated(timeout_s: float) -> None:
+    """Asks a process on every node that others can reach; what this process has set says nothing about them."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from slipstream.rollout.actors import wait_for
+
+    remote: Any = ray.remote(num_cpus=0)(auth_mode)
+    refs = {
+        node["NodeManagerAddress"]: remote.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"] and not is_loopback(node["NodeManagerAddress"])
+    }
+    modes = dict(zip(refs, wait_for(list(refs.values()), list(refs), "RAY_AUTH_MODE", timeout_s), strict=True))
+    if without := {address: mode for address, mode in modes.items() if mode != "token"}:
+        listed = ", ".join(f"{address} ({mode})" for address, mode in without.items())
+        raise ClusterError(f"token authentication is off on {listed}: {_UNPROTECTED}")
 
 
 def _check_before_start(cluster: ClusterConfig) -> None:
@@ -63,6 +139,8 @@ def _check_before_start(cluster: ClusterConfig) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"cluster.address={cluster.address}; allowed: null, auto, or host:port of a Ray head")
+    if not (cluster.allow_unauthenticated or is_loopback(host) or auth_mode() == "token"):
+        raise ClusterError(f"cluster.address={cluster.address} with RAY_AUTH_MODE={auth_mode()}: {_UNPROTECTED}")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
@@ -76,20 +154,35 @@ def _port_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((LOOPBACK, port))
         except OSError:
             return False
     return True
 
 
-def _check_resources(have: dict[str, float], cluster: ClusterConfig, cpus: float) -> None:
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address or a host name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _cpus(cluster: ClusterConfig) -> float:
+    return cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
+
+
+def missing_resources(have: dict[str, float], cluster: ClusterConfig) -> list[str]:
+    """A line for each resource that the job asks for more of than there is."""
     gpus = cluster.num_workers * cluster.gpus_per_worker + cluster.gpus_for_learner
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
-        if have.get(name, 0.0) + 1e-9 < needed:
-            raise ClusterError(
-                f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers} and the learner), "
-                f"the Ray cluster has {have.get(name, 0.0):g}"
-            )
+    return [
+        f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers} and the learner), "
+        f"the Ray cluster has {have.get(name, 0.0):g}"
+        for name, needed in (("CPU", _cpus(cluster)), ("GPU", gpus))
+        if have.get(name, 0.0) + 1e-9 < needed
+    ]
 
 
 def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> WorkerSpec:

@@ -93,6 +93,11 @@ def _run_on_ray(
                 # The start has a deadline of its own.
                 with watchdog:
                     loop.run()
+            except KeyboardInterrupt:
+                if watchdog.stalled is None and loop.saving_step is not None:
+                    print(f"\nwaiting for the checkpoint of step {loop.saving_step}; Ctrl-C again gives it up")
+                    loop.close(settings.checkpoint.timeout_s)
+                raise
             finally:
                 loop.close()
         exit_code = 0

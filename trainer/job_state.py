@@ -30,6 +30,23 @@ STATE_FILE, LOG_FOLDER = "job.json", "history"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StateSnapshot:
+    """A job's state at the end of a step. text: of job.json; visits: (prompt_id, step) that the window held."""
+
+    step: int
+    text: str
+    visits: frozenset[tuple[str, int]]
+
+    def save(self, folder: Path) -> None:
+        """Writes job.json into a checkpoint's folder; from any thread."""
+        (folder / STATE_FILE).write_text(self.text, encoding="utf-8")
+
+    def remembers(self, record: HistoryRecord) -> bool:
+        """Whether a job that starts from here, or has gone on from here, may need the record."""
+        return record.step > self.step or (record.prompt_id, record.step) in self.visits
+
+
 @dataclass(slots=True)
 class JobState:
     """history: the drafter's memory; log: the same on disk, and what fell out of the window since; step: last finished
@@ -77,7 +94,11 @@ class JobState:
         return self.learned.observe(observed).metrics()
 
     def save(self, folder: Path) -> None:
-        """Brings the log to disk and writes job.json into a checkpoint's folder."""
+        """Writes the state as it is now into a checkpoint's folder."""
+        self.snapshot().save(folder)
+
+    def snapshot(self) -> StateSnapshot:
+        """The state of now, whatever becomes of it; brings the log to disk."""
         self.log.sync()
         state = {
             "step": self.step,
@@ -88,12 +109,16 @@ class JobState:
             "outstanding_groups": self.outstanding_groups,
             "learned": self.learned.to_arrays(),
         }
-        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        visits = frozenset((record.prompt_id, record.step) for record in self.history)
+        return StateSnapshot(self.step, json.dumps(state), visits)
 
-    def drop_forgotten(self) -> None:
-        """Deletes log segments that the window has left behind; a failure costs disk space only: a warning."""
+    def drop_forgotten(self, snapshot: StateSnapshot) -> None:
+        """Deletes log segments that the snapshot's window has left behind, once its checkpoint is complete.
+
+        A failure costs disk space only: a warning.
+        """
         try:
-            self.log.drop_segments(self.history.remembers)
+            self.log.drop_segments(snapshot.remembers)
         except (OSError, LogError) as error:
             _log.warning("an old part of the drafter's history cannot be removed: %s", error)
 

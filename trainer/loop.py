@@ -12,7 +12,6 @@ Invariants
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ import numpy as np
 
 from slipstream.conf.schema import Settings
 from slipstream.rollout.types import Rollout, Sampling
-from slipstream.trainer import checkpoint
 from slipstream.trainer.data.prompts import PromptSet
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import TOKENIZER_FILES, ChatTokenizer
@@ -34,6 +32,8 @@ from slipstream.trainer.samples import pricing_metrics, rollout_records, sample_
 from slipstream.trainer.tracking import Tracker
 from slipstream.trainer.watchdog import ANSWER_TIMEOUT_S, Watchdog
 
+CLOSE_TIMEOUT_S = 30.0
+"""How long a job that failed waits for a checkpoint under way."""
 _IMPORTED_AT = time.perf_counter()
 
 
@@ -69,6 +69,7 @@ class TrainLoop:
         self._step_seconds: list[float] = []
         self._pool: Any = None
         self._source: Any = None
+        self._saver: Any = None
         self._proof_steps = range(0) if settings.algo.streams else settings.proof.steps(settings.algo.num_steps)
 
     # ---- start
@@ -81,6 +82,7 @@ class TrainLoop:
         from slipstream.trainer.cluster import learner_spec, worker_spec
         from slipstream.trainer.policy import PolicyLearner
         from slipstream.trainer.rollout_source import SourceContext, SyncSource
+        from slipstream.trainer.saver import CheckpointSaver, LearnerActor
         from slipstream.trainer.streaming_source import StreamingSource
 
         cluster, deadline = self.settings.cluster, self.settings.cluster.start_timeout_s
@@ -99,6 +101,9 @@ class TrainLoop:
         )
         actor = make_actor(PolicyLearner, cluster.cpus_for_learner, cluster.gpus_for_learner)
         self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
+        files = [path for name in TOKENIZER_FILES if (path := self.tokenizer.folder / name).is_file()]
+        saving = LearnerActor(self._learner)
+        self._saver = CheckpointSaver(self.settings.checkpoint, self.run_dir, saving, files, self._ask)
         context = SourceContext(
             self.settings,
             self.prompts,
@@ -128,15 +133,25 @@ class TrainLoop:
         print(f"run folder: {self.run_dir}")
         self._startup_s: float | None = process_age_s()
         if resumed_from is not None:
-            wait_for([self._learner.load.remote(str(resumed_from))], ["the policy learner"], "checkpoint", deadline)
+            wait_for(
+                [self._learner.load.remote(str(resumed_from.resolve()))], ["the policy learner"], "checkpoint", deadline
+            )
             self._publish_weights()
             records = sorted(self.state.history, key=lambda record: record.step)
             self._pool.publish(self.state.step, records, self.state.learned, deadline)
 
-    def close(self) -> None:
-        """Tidies up what the workers would leave behind."""
+    @property
+    def saving_step(self) -> int | None:
+        """The step whose checkpoint is being written at the moment."""
+        return None if self._saver is None else self._saver.step
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Ends a checkpoint under way, within that time, and tidies up what the workers would leave behind."""
+        if self._saver is not None:
+            self._saver.close(timeout_s)
         if self._pool is not None:
             self._pool.close()
+        self._saver = self._pool = None
 
     def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
         result = self._source.wait(ref, "the policy learner", what, timeout_s)
@@ -159,16 +174,19 @@ class TrainLoop:
             metrics, early = early | self.step(self.state.step + 1), {}
             if self.state.step == num_steps:
                 metrics |= self._source.finish()
+            metrics |= self._saver.poll(self.state)
             if self.state.step == num_steps or (every and self.state.step % every == 0):
-                metrics["timing_s/save_checkpoint"] = self._save()
+                metrics |= self._save(metrics)
             metrics["timing_s/step"] = time.perf_counter() - started
             if self._startup_s is not None:
                 metrics["timing_s/startup"], self._startup_s = self._startup_s, None
             self._step_seconds.append(metrics["timing_s/step"])
             self.tracker.log(metrics, self.state.step)
+            self._saver.start()
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
             print(format_progress(self.state.step, num_steps, metrics, left), flush=True)
             self.watchdog.progress(f"step {self.state.step}")
+        self._saver.finish(self.state)
 
     def step(self, step: int) -> dict[str, float]:
         """One training step; returns its metrics. Advances the state."""
@@ -243,21 +261,9 @@ class TrainLoop:
 
     # ---- checkpoint
 
-    def _save(self) -> float:
-        started = time.perf_counter()
-
-        def write(folder: Path) -> None:
-            timeout_s = self.settings.cluster.update_timeout_s
-            self._ask(self._learner.save.remote(str(folder.resolve())), "checkpoint", timeout_s)
-            for name in TOKENIZER_FILES:
-                if (self.tokenizer.folder / name).is_file():
-                    shutil.copy(self.tokenizer.folder / name, folder / "policy" / name)
-            self.state.next_group, self.state.outstanding_groups = self._source.position()
-            self.state.save(folder)
-
-        checkpoint.save(self.run_dir, self.state.step, write, self.settings.checkpoint.keep_last)
-        self.state.drop_forgotten()
-        return time.perf_counter() - started
+    def _save(self, metrics: dict[str, float]) -> dict[str, float]:
+        self.state.next_group, self.state.outstanding_groups = self._source.position()
+        return self._saver.save(self.state, metrics)
 
 
 def compare_tokens(first: list[Rollout], second: list[Rollout]) -> tuple[int, int]:

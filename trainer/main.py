@@ -23,6 +23,7 @@ Lossless acceleration of the rollout phase of RL post-training.
 commands:
   train OVERRIDES...   run a job; `slipstream train --help` for its options
   bench [NAME]         answer one of the experiments' questions; without NAME, list them
+  cluster check ...    ask every node of the Ray cluster whether a job can run there
   sft ...              supervised warm start of a policy
   data ...             write a built-in task as parquet
   --version            print the version
@@ -73,6 +74,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "bench": _bench,
+        "cluster": _cluster,
         "sft": _sft,
         "data": _data,
     }
@@ -112,6 +114,12 @@ def _bench(arguments: list[str]) -> int:
     from slipstream.experiments import bench
 
     return bench.main(arguments)
+
+
+def _cluster(arguments: list[str]) -> int:
+    from slipstream.trainer import cluster_check
+
+    return cluster_check.main(arguments)
 
 
 def _sft(arguments: list[str]) -> int:

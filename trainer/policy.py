@@ -19,7 +19,13 @@ from slipstream.conf.schema import AlgoConfig
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.trainer.batch import MicroBatch, TrainSample, micro_batches, split_updates
-from slipstream.trainer.checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
+from slipstream.trainer.checkpoint import (
+    copy_tensors,
+    flatten_optimizer,
+    load_tensors,
+    restore_optimizer,
+    save_tensors,
+)
 from slipstream.trainer.correction import correct_samples
 from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss, token_logprobs
 from slipstream.trainer.weight_sync import export_weights
@@ -71,6 +77,7 @@ class PolicyLearner:
             betas=(self._algo.adam_beta1, self._algo.adam_beta2),
             weight_decay=self._algo.weight_decay,
         )
+        self._snapshot: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def ready(self) -> dict[str, Any]:
         """Answers once the model is loaded."""
@@ -78,6 +85,8 @@ class PolicyLearner:
 
     def update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         """One training step: `num_updates_per_step` optimiser updates over the samples; metrics in verl's names."""
+        # Dropout is a function of the step, so that a resumed job needs no state of a generator.
+        torch.manual_seed(step)
         rate = learning_rate(self._algo, step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -172,11 +181,21 @@ class PolicyLearner:
         """The current policy, to be published under the next version."""
         return export_weights(self._model)
 
+    def snapshot(self) -> None:
+        """Copies weights and optimiser into host memory, for the next `save`."""
+        state = self._model.state_dict(), flatten_optimizer(self._optimizer)
+        self._snapshot = copy_tensors(state[0]), copy_tensors(state[1])
+
     def save(self, folder: str) -> None:
-        """Writes the policy as a Hugging Face folder (policy/) and the optimiser (optimizer.safetensors)."""
-        path = Path(folder)
-        self._model.save_pretrained(path / "policy", safe_serialization=True)
-        save_tensors(path / "optimizer.safetensors", flatten_optimizer(self._optimizer))
+        """Writes the policy as a Hugging Face folder (policy/) and the optimiser (optimizer.safetensors).
+
+        After `snapshot` what it copied, and then from any thread, while updates go on; else the state of now.
+        """
+        path, snapshot = Path(folder), self._snapshot
+        self._snapshot = None
+        weights, optimizer = snapshot or (self._model.state_dict(), flatten_optimizer(self._optimizer))
+        self._model.save_pretrained(path / "policy", state_dict=weights, safe_serialization=True)
+        save_tensors(path / "optimizer.safetensors", optimizer)
 
     def load(self, folder: str) -> None:
         """Reads what `save` wrote."""

@@ -21,22 +21,35 @@ from slipstream.conf.schema import Settings
 from slipstream.trainer.config import load_settings, validate
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.overrides import split_experiment
+from slipstream.trainer.secret_values import refuse_secrets
 
 SETTINGS_FILE = "settings.json"
 NEWEST = ""
 """Value of `resume` that stands for the newest run of the experiment."""
-FIXED_ON_RESUME = (
-    "experiment_name",
-    "run.seed",
-    "model",
-    "data",
-    "sampling",
-    "algo.num_prompts_per_step",
-    "algo.max_staleness_steps",
-    "algo.num_extra_groups",
-    "algo.filter_uniform_groups",
+MAY_CHANGE_ON_RESUME = (
+    # where it runs and writes, and who is told
+    "run.dir",
+    "run.name",
+    "run.exist",
+    "cluster",
+    "tracking",
+    "watchdog",
+    "checkpoint",
+    # how fast the tokens come: no sampled token depends on it (law 1)
+    "engine",
+    "drafter",
+    "budget",
+    # what only looks on
+    "proof",
+    "evaluation",
+    # how long it goes on, and what a machine can stand; the same sums in other parts
+    "algo.num_steps",
+    "algo.max_tokens_per_microbatch",
+    "reward.timeout_s",
 )
-"""Keys and sections that decide which tokens a run samples, or which run it is."""
+"""Keys and sections that a resumed run may have otherwise. All others decide what the run computes, or which run it is:
+a resume that changes them is refused. algo.num_steps counts among those while algo.schedule is not constant, because
+the learning rate then falls towards the last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +136,31 @@ def _resumed(folder: Path, overrides: Sequence[str], config_dir: Path | None) ->
 
 
 def _check_same_run(saved: Settings, wanted: Settings, folder: Path) -> None:
+    """ConfigError, one line, with every key that must not change, its new value and the old one."""
     before, after = _leaves(saved.model_dump(mode="json")), _leaves(wanted.model_dump(mode="json"))
-    for key, value in after.items():
-        fixed = any(key == root or key.startswith(f"{root}.") for root in FIXED_ON_RESUME)
-        if fixed and before[key] != value:
-            raise ConfigError(
-                f"{key}={value}: {folder} was started with {key}={before[key]}, and its samples depend on "
-                f"it; allowed: {before[key]}, or a new run"
-            )
+    keys = sorted(before.keys() | after.keys())
+    differing = [key for key in keys if before.get(key) != after.get(key) and not _may_change(key, saved, wanted)]
+    if differing:
+        listed = ", ".join(f"{key}={_shown(after.get(key))} (was {_shown(before.get(key))})" for key in differing)
+        raise ConfigError(
+            f"{listed}: {folder} was started otherwise, and what it computes depends on it; allowed: the earlier "
+            f"value{'s' if len(differing) > 1 else ''}, or a new run"
+        )
+
+
+def _may_change(key: str, saved: Settings, wanted: Settings) -> bool:
+    if key == "algo.num_steps":
+        return saved.algo.schedule == wanted.algo.schedule == "constant"
+    return any(key == root or key.startswith(f"{root}.") for root in MAY_CHANGE_ON_RESUME)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _job(settings: Settings, folder: Path, resume: bool) -> Job:
-    """The folder that was decided on becomes part of the settings, so that settings.json tells all."""
+    """The folder that was decided on becomes part of the settings, so that settings.json tells all but secrets."""
+    refuse_secrets(settings.model_dump(mode="json"))
     run = settings.run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
     return Job(settings.model_copy(update={"run": run}), folder, resume)
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from slipstream.trainer.checkpoint import (
+    Best,
+    copy_tensors,
     flatten_optimizer,
     latest,
     load_tensors,
@@ -62,6 +65,50 @@ def test_pruning_never_trades_a_good_checkpoint_for_a_damaged_later_one(tmp_path
     (tmp_path / "checkpoints/step_000020/state.json").write_text("rotten")
     save(tmp_path, 15, writer("fifteen"), keep_last=1)
     assert latest(tmp_path) == tmp_path / "checkpoints/step_000015"
+
+
+def save_judged(run_dir: Path, step: int, value: float | None, **best: Any) -> None:
+    judged = Best(**({"metric": "reward", "mode": "max", "count": 2} | best), value=value)
+    save(run_dir, step, writer(str(step)), keep_last=1, best=judged)
+
+
+def named_best(run_dir: Path) -> list[tuple[str, float]]:
+    content = json.loads((run_dir / "checkpoints" / "best.json").read_text())
+    return [(entry["folder"], entry["value"]) for entry in content["best"]]
+
+
+def test_the_best_are_never_pruned_while_they_are_the_best(tmp_path: Path) -> None:
+    for step, value in enumerate([0.1, 0.9, None, 0.5, float("nan"), 0.2, 0.5], start=1):
+        save_judged(tmp_path, step, value)
+    assert names(tmp_path) == ["best.json", "step_000002", "step_000007"], "of equals the newer one stays"
+    assert named_best(tmp_path) == [("step_000002", 0.9), ("step_000007", 0.5)]
+    assert json.loads((tmp_path / "checkpoints/step_000002/COMPLETE").read_text())["metric"]["value"] == 0.9
+    save_judged(tmp_path, 8, 0.95)
+    save_judged(tmp_path, 9, 0.97)
+    assert names(tmp_path) == ["best.json", "step_000008", "step_000009"]
+    save_judged(tmp_path, 10, None, mode="min", count=1)
+    assert named_best(tmp_path) == [("step_000008", 0.95)]
+    save_judged(tmp_path, 11, 7.0, metric="accuracy", count=1)
+    assert named_best(tmp_path) == [("step_000011", 7.0)], "another metric says nothing about this one"
+    save(tmp_path, 12, writer("12"), keep_last=1)
+    assert names(tmp_path) == ["step_000012"]
+
+
+def test_a_damaged_marker_is_no_candidate(tmp_path: Path) -> None:
+    save_judged(tmp_path, 1, 5.0)
+    (tmp_path / "checkpoints/step_000001/COMPLETE").write_text("{")
+    save_judged(tmp_path, 2, 1.0)
+    assert named_best(tmp_path) == [("step_000002", 1.0)]
+
+
+def test_a_copy_is_in_memory_of_its_own_and_ties_stay_ties() -> None:
+    base = torch.arange(4.0).reshape(2, 2)
+    copy = copy_tensors({"a": base, "tied": base, "turned": base.T, "empty": torch.zeros(0, 2)})
+    base.add_(1.0)
+    assert torch.equal(copy["a"], torch.arange(4.0).reshape(2, 2))
+    assert copy["a"] is copy["tied"]
+    assert torch.equal(copy["turned"], copy["a"].T)
+    assert copy["empty"].shape == (0, 2)
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:

@@ -190,14 +190,69 @@ def test_the_newest_run_of_the_experiment_is_resumed() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=1", "data.task.seed=1", "sampling.temperature=0.5", "experiment=quickstart"]
+    "override",
+    [
+        "run.seed=1",
+        "data.task.seed=1",
+        "sampling.temperature=0.5",
+        "experiment=quickstart",
+        "algo.learning_rate=0.5",
+        "algo.correction.weights=token",
+        "reward.rule=math",
+    ],
 )
-def test_what_the_samples_depend_on_cannot_change_on_resume(override: str) -> None:
+def test_what_a_run_computes_cannot_change_on_resume(override: str) -> None:
     first = start("experiment=quickstart_short", "run.name=a")
     with pytest.raises(ConfigError) as caught:
         start(override, resume=str(first.run_dir))
     assert override.partition("=")[0] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_refused_resume_names_every_differing_key_with_both_values() -> None:
+    first = start("experiment=quickstart_short", "run.name=a", "algo.kl_coef=0.1", "algo.num_steps=3")
+    changes = ["run.seed=7", "algo.kl_coef=0.25", "model.dtype=bfloat16", "cluster.num_workers=1", "algo.num_steps=9"]
+    for resume in (lambda: start(*changes, resume="runs/a"), lambda: start("run.exist=resume", *changes, *same(first))):
+        with pytest.raises(ConfigError) as caught:
+            resume()
+        text = str(caught.value)
+        assert text.startswith(
+            "algo.kl_coef=0.25 (was 0.1), model.dtype=bfloat16 (was float32), run.seed=7 (was 0): runs/a was started"
+        )
+        assert "cluster" not in text, "how many workers there are changes no token"
+        assert "num_steps" not in text, "a constant learning rate does not know the last step"
+    assert saved(first)["run"]["seed"] == 0, "nothing is written by a resume that is refused"
+
+
+def same(job: Job) -> list[str]:
+    return ["experiment=quickstart_short", f"run.name={job.run_dir.name}"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=runs",
+        "cluster.num_workers=3",
+        "tracking=disabled",
+        "checkpoint.keep_best=2",
+        "drafter=off",
+        "budget=fixed",
+        "engine.max_live_requests=3",
+        "evaluation.every_steps=2",
+        "proof.every_steps=1",
+        "watchdog.timeout_s=7",
+        "reward.timeout_s=7",
+    ],
+)
+def test_what_a_run_does_not_depend_on_may_change_on_resume(override: str) -> None:
+    first = start("experiment=quickstart_short", "run.name=a")
+    assert start(override, resume=str(first.run_dir)).resume
+
+
+def test_more_steps_are_another_run_where_the_learning_rate_falls_towards_the_last() -> None:
+    start("experiment=quickstart_short", "run.name=a", "algo.schedule=cosine", "algo.num_steps=3")
+    with pytest.raises(ConfigError, match=r"^algo\.num_steps=9 \(was 3\): runs/a was started otherwise"):
+        start("algo.num_steps=9", resume="runs/a")
 
 
 def test_broken_saved_settings_are_one_line() -> None:

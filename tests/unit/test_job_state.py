@@ -41,8 +41,9 @@ def run_steps(state: JobState, *steps: int) -> None:
 
 
 def save(state: JobState, run_dir: Path, keep_last: int = 9) -> Path:
-    path = checkpoint.save(run_dir, state.step, state.save, keep_last)
-    state.drop_forgotten()
+    snapshot = state.snapshot()
+    path = checkpoint.save(run_dir, state.step, snapshot.save, keep_last)
+    state.drop_forgotten(snapshot)
     return path
 
 

@@ -206,3 +206,39 @@ def test_other_losses_move_towards_the_advantage(folder: str, loss: str) -> None
     logprobs.append(learner._logprobs(samples))
     gains = [after.mean() - before.mean() for before, after in zip(*logprobs, strict=True)]
     assert sum(gain * s.advantage for gain, s in zip(gains, samples, strict=True)) > 0
+
+
+def test_dropout_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    """Nothing of torch's generators is saved: an update draws from one that is seeded with its step."""
+    model = tiny_model("llama")
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path / "policy")
+    samples = make_samples(1)
+    straight = make_learner(str(tmp_path / "policy"))
+    straight.update(samples, 1)
+    straight.save(str(tmp_path / "saved"))
+    straight.update(samples, 2)
+    resumed = make_learner(str(tmp_path / "policy"))
+    resumed.load(str(tmp_path / "saved"))
+    torch.rand(3)
+    resumed.update(samples, 2)
+    plain = make_learner(str(tmp_path / "policy"))
+    plain.load(str(tmp_path / "saved"))
+    plain.update(samples, 3)
+    expected, other = export_weights(straight._model), export_weights(plain._model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in export_weights(resumed._model).items())
+    assert not all(torch.equal(tensor, expected[name]) for name, tensor in other.items()), "there is no dropout here"
+
+
+def test_a_snapshot_is_the_state_of_its_moment(folder: str, tmp_path: Path) -> None:
+    learner = make_learner(folder)
+    learner.update(make_samples(1), 1)
+    learner.save(str(tmp_path / "before"))
+    learner.snapshot()
+    learner.update(make_samples(2), 2)
+    learner.save(str(tmp_path / "copy"))
+    learner.save(str(tmp_path / "after"))
+    for name in ("policy/model.safetensors", "optimizer.safetensors"):
+        before, copy, after = ((tmp_path / where / name).read_bytes() for where in ("before", "copy", "after"))
+        assert copy == before
+        assert after != before
