@@ -180,7 +180,9 @@ class AlgoConfig(Strict):
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.95
     grad_clip_norm: PositiveFloat = 1.0
-    max_tokens_per_microbatch: PositiveInt = Field(8192, description="Padded tokens of one forward-backward pass.")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        8192, description="Tokens of one forward-backward pass of one learner, padding included."
+    )
 
     @property
     def streams(self) -> bool:
@@ -200,6 +202,21 @@ class AlgoConfig(Strict):
         if self.correction.proximal != "auto":
             return self.correction.proximal == "learner"
         return self.max_staleness_steps > 0 or self.weights != "off" or self.correction.rejection != "off"
+
+
+class LearnerConfig(Strict):
+    """How the learners compute an update; what it is, up to rounding, depends on none of these but the masters."""
+
+    packing: bool = Field(False, description="Samples side by side in one row, without padding, instead of a row each.")
+    activation_checkpointing: bool = Field(
+        False, description="Keep only the inputs of each layer for the backward pass; compute the rest again."
+    )
+    master_weights_float32: bool = Field(
+        True, description="model.dtype=bfloat16: the optimiser changes float32 weights, so that small updates add up."
+    )
+    reduce_every_microbatch: bool = Field(
+        True, description="Several learners share gradients out after each micro-batch; false: once, held whole."
+    )
 
 
 class EngineConfig(Strict):
@@ -279,14 +296,35 @@ class ClusterConfig(Strict):
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")
-    cpus_for_learner: PositiveFloat = 1.0
-    gpus_for_learner: NonNegativeFloat = 0.0
-    threads_for_learner: PositiveInt = 2
+    num_learners: PositiveInt = Field(1, description="Learners that share one policy's weights and each update's work.")
+    cpus_for_learner: PositiveFloat = Field(1.0, description="Of each learner.")
+    gpus_for_learner: NonNegativeFloat = Field(0.0, description="Of each learner; a fraction only with one learner.")
+    threads_for_learner: PositiveInt = Field(2, description="torch threads of each learner.")
     start_timeout_s: PositiveFloat = Field(120.0, description="Deadline for Ray and all actors to be ready.")
     rollout_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for the rollouts of one step.")
     update_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for one policy update.")
     dashboard: bool = False
     dashboard_port: int = Field(8265, ge=1024, le=65535)
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that all actors together reserve."""
+        return self.num_workers * self.cpus_per_worker + self.num_learners * self.cpus_for_learner
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that all actors together reserve."""
+        return self.num_workers * self.gpus_per_worker + self.num_learners * self.gpus_for_learner
+
+    @model_validator(mode="after")
+    def _learners(self) -> ClusterConfig:
+        # NCCL refuses two ranks on one GPU.
+        if self.num_learners > 1 and self.gpus_for_learner % 1:
+            raise ValueError(
+                f"cluster.gpus_for_learner={self.gpus_for_learner} with cluster.num_learners={self.num_learners}; "
+                "allowed: a whole number, because learners cannot share a GPU"
+            )
+        return self
 
 
 class TrackingConfig(Strict):
@@ -345,6 +383,7 @@ class Settings(Strict):
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     algo: AlgoConfig = AlgoConfig()
+    learner: LearnerConfig = LearnerConfig()
     engine: EngineConfig = EngineConfig()
     drafter: DrafterConfig = DrafterConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -29,11 +29,10 @@ def ray_cluster(cluster: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    needed = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if cluster.address is None:
         options |= {
-            "num_cpus": max(int(needed + 0.999), os.cpu_count() or 1),
+            "num_cpus": max(int(cluster.num_cpus + 0.999), os.cpu_count() or 1),
             "include_dashboard": cluster.dashboard,
             "dashboard_port": cluster.dashboard_port,
             "_node_ip_address": "127.0.0.1",
@@ -46,7 +45,7 @@ def ray_cluster(cluster: ClusterConfig) -> Iterator[None]:
         where = f"cluster.address={cluster.address}" if cluster.address else "local Ray"
         raise ClusterError(f"{where}: {' '.join(str(error).split())[:300]}") from error
     try:
-        _check_resources(ray.cluster_resources(), cluster, needed)
+        _check_resources(ray.cluster_resources(), cluster)
         yield
     finally:
         ray.shutdown()
@@ -82,12 +81,12 @@ def _port_free(port: int) -> bool:
     return True
 
 
-def _check_resources(have: dict[str, float], cluster: ClusterConfig, cpus: float) -> None:
-    gpus = cluster.num_workers * cluster.gpus_per_worker + cluster.gpus_for_learner
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
+def _check_resources(have: dict[str, float], cluster: ClusterConfig) -> None:
+    for name, needed in (("CPU", cluster.num_cpus), ("GPU", cluster.num_gpus)):
         if have.get(name, 0.0) + 1e-9 < needed:
             raise ClusterError(
-                f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers} and the learner), "
+                f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers}, "
+                f"cluster.num_learners={cluster.num_learners}), "
                 f"the Ray cluster has {have.get(name, 0.0):g}"
             )
 
@@ -127,7 +126,7 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
 
 
 def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
-    """The learner's share of the settings."""
+    """The learners' share of the settings."""
     return LearnerSpec(
         model_path=model_path,
         dtype=settings.model.dtype,
@@ -137,4 +136,8 @@ def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
         temperature=settings.sampling.temperature,
         max_new_tokens=settings.sampling.max_new_tokens,
         algo=settings.algo,
+        learner=settings.learner,
+        num_learners=settings.cluster.num_learners,
+        start_timeout_s=settings.cluster.start_timeout_s,
+        call_timeout_s=settings.cluster.update_timeout_s,
     )

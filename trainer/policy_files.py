@@ -1,0 +1,75 @@
+"""What a checkpoint holds of the learners: the policy as a Hugging Face folder, the optimiser as one safetensors file.
+
+Invariants: the files do not show how many learners wrote them, and any number reads them; float32 masters of a narrower
+policy are kept to the bit; every learner calls with the same folder, rank 0 writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from slipstream.rollout.model_loader import DTYPES, load_policy
+from slipstream.trainer.checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
+from slipstream.trainer.sharding import gathered, part_like, whole_weights
+
+POLICY, OPTIMIZER = "policy", "optimizer.safetensors"
+MASTER = "master."
+"""Prefix of the float32 weights in the optimiser's file, by the parameters' numbers, where the policy is narrower."""
+
+
+def save_learner(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, dtype: str, keeps_masters: bool, rank: int
+) -> None:
+    """Writes both into `folder`. model: sharded or not; dtype: of the policy."""
+    tensors = dict(flatten_optimizer(optimizer))
+    if keeps_masters:
+        tensors |= {f"{MASTER}{i}": param.detach() for i, param in enumerate(model.parameters())}
+    tensors = gathered(tensors, keep=rank == 0)
+    policy = _plain_model(model, dtype, rank)
+    if rank == 0:
+        policy.save_pretrained(folder / POLICY, safe_serialization=True)
+        save_tensors(folder / OPTIMIZER, tensors)
+
+
+def load_learner(folder: Path, model: Any, optimizer: torch.optim.Optimizer, dtype: str, keeps_masters: bool) -> None:
+    """Reads what `save_learner` wrote; CheckpointError where it does not fit."""
+    saved = load_policy(folder / POLICY, dtype).state_dict()
+    params = list(model.parameters())
+    tensors = load_tensors(folder / OPTIMIZER)
+    masters = {name: tensors.pop(name) for name in list(tensors) if name.startswith(MASTER)}
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(part_like(saved[name], tensor))
+        for name, tensor in masters.items() if keeps_masters else ():
+            param = params[int(name.removeprefix(MASTER))]
+            param.copy_(part_like(tensor, param))
+    restore_optimizer(optimizer, {name: _part_of(params, name, tensor) for name, tensor in tensors.items()})
+
+
+def _part_of(params: list[torch.nn.Parameter], name: str, tensor: Tensor) -> Tensor:
+    """This learner's part of one entry of `flatten_optimizer`: moments are cut like their parameters."""
+    kind, _, rest = name.partition(".")
+    place = rest.partition(".")[0]
+    if kind != "state" or tensor.dim() == 0 or int(place) >= len(params):
+        return tensor
+    return part_like(tensor, params[int(place)])
+
+
+def _plain_model(model: Any, dtype: str, rank: int) -> Any:
+    """The model itself, or on rank 0 an unsharded one on the CPU with the same weights; all learners take part."""
+    if not hasattr(model, "unshard"):
+        return model
+    weights = whole_weights(model, DTYPES[dtype], keep=rank == 0)
+    if rank != 0:
+        return None
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
