@@ -35,6 +35,7 @@ from slipstream.trainer.sharding import (
     join_group,
     listen,
     shard,
+    share_out_again,
     sum_over_ranks,
     whole,
     whole_weights,
@@ -156,6 +157,7 @@ class PolicyLearner:
             shard(model.float() if spec.keeps_masters else model, self._mesh, DTYPES[spec.dtype])
         if spec.learner.packing:
             probe_packing(model, "learner.packing")
+            share_out_again(model)
         return model
 
     # ---- updates
@@ -197,6 +199,7 @@ class PolicyLearner:
             for row, (i, first) in enumerate(zip(batch.rows.order, batch.rows.first, strict=False)):
                 count = len(samples[i].response)
                 out[ends[i] - count : ends[i]] = logp[row, first : first + count]
+        share_out_again(self._model)
         if self._spec.num_learners > 1:
             # Every place is zero on all learners but one, so the sum is that one's number to the bit.
             out = all_sum(out, self._device)

@@ -114,6 +114,16 @@ def _sharded_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
+def share_out_again(model: torch.nn.Module) -> None:
+    """To be called after passes without a backward pass.
+
+    FSDP leaves the outermost weights gathered after a forward pass, in the belief that the backward pass is next;
+    until then `parameters()` are those copies, and an optimiser would change them instead of the weights.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or the whole of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from slipstream.conf.schema import AlgoConfig, ClusterConfig, LearnerConfig
-from slipstream.rollout.actors import PoolError, PoolTimeout
+from slipstream.rollout.actors import PoolError
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.learner_group import LearnerGroup
@@ -122,8 +122,8 @@ def test_a_learner_that_dies_is_named_in_time(cluster: None, policy: str) -> Non
     group = LearnerGroup(make_spec(policy, 2), CLUSTER)
     group.ready().result()
     dead = list(group.ranks.values())[1]
-    pid = ray.get(dead.process_id.remote())
-    call = group.update(make_samples(1, 200), 1)
+    pid = int(ray.get(dead.stacks.remote()).split()[1])
+    call = group.update(make_samples(1, 400), 1)
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
