@@ -207,7 +207,7 @@ class AlgoConfig(Strict):
 class LearnerConfig(Strict):
     """How the learners compute an update; what it is, up to rounding, depends on none of these but the masters."""
 
-    packing: bool = Field(False, description="Samples side by side in one row, without padding, instead of a row each.")
+    packing: bool = Field(True, description="Samples side by side in one row, without padding, instead of a row each.")
     activation_checkpointing: bool = Field(
         False, description="Keep only the inputs of each layer for the backward pass; compute the rest again."
     )

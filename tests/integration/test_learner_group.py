@@ -14,7 +14,7 @@ import ray
 import torch
 
 from slipstream.conf.schema import AlgoConfig, ClusterConfig, LearnerConfig
-from slipstream.rollout.actors import PoolError
+from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.learner_group import LearnerGroup
@@ -22,6 +22,7 @@ from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 from tests.tiny_models import tiny_model
 
 CLUSTER = ClusterConfig(num_workers=1, num_learners=2, threads_for_learner=1, update_timeout_s=60.0)
+LISTEN = "0A"
 # Every path of the loss: its own log-probabilities, a reference, several updates, gradients added up over passes.
 ALGO = AlgoConfig(
     num_steps=8,
@@ -83,47 +84,88 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], a
         torch.testing.assert_close(tensor, other[name], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"packing": True, "activation_checkpointing": True, "reduce_every_microbatch": False}],
-    ids=["padded", "packed"],
-)
-def test_two_learners_are_one(config: dict[str, bool], cluster: None, policy: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two(cluster: None, policy: str) -> Iterator[LearnerGroup]:
+    group = LearnerGroup(make_spec(policy, 2), CLUSTER)
+    group.ready().result()
+    yield group
+    group.close()
+
+
+def test_two_learners_are_one(two: LearnerGroup, policy: str, tmp_path: Path) -> None:
+    compare(PolicyLearner(make_spec(policy, 1)), two, tmp_path)
+
+
+@pytest.mark.slow  # starts two more learners
+def test_two_learners_are_one_with_every_switch_turned(cluster: None, policy: str, tmp_path: Path) -> None:
+    switches = {"packing": True, "activation_checkpointing": True, "reduce_every_microbatch": False}
+    group = LearnerGroup(make_spec(policy, 2, **switches), CLUSTER)
+    compare(PolicyLearner(make_spec(policy, 1, **switches)), group, tmp_path)
+    group.close()
+
+
+def compare(one: PolicyLearner, two: LearnerGroup, folder: Path) -> None:
     """Five steps, then on from each other's checkpoint."""
-    one, two = PolicyLearner(make_spec(policy, 1, **config)), LearnerGroup(make_spec(policy, 2, **config), CLUSTER)
-    two.ready().result()
     for step, samples in steps():
         expected, actual = one.update(samples, step), two.update(samples, step).result()
         assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}"
         assert actual["actor/grad_norm"] > 0
         assert_close(one.weights(), weights_of(two), 1e-5)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one.save(str(tmp_path / "one"))
-    two.save(str(tmp_path / "two")).result()
-    names = [sorted(path.name for path in (tmp_path / folder).rglob("*")) for folder in ("one", "two")]
-    assert names[0] == names[1]
-    for file in ("policy/config.json", "policy/generation_config.json"):
-        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()
+    by_one, by_two = folder / "one", folder / "two"
+    by_one.mkdir()
+    by_two.mkdir()
+    one.save(str(by_one))
+    two.save(str(by_two)).result()
+    assert sorted(path.name for path in by_one.rglob("*")) == sorted(path.name for path in by_two.rglob("*"))
+    for file in ("config.json", "generation_config.json"):
+        assert (by_one / "policy" / file).read_text() == (by_two / "policy" / file).read_text()
     # Crossed over: what one has written, two go on from, to the bit what they read, and the other way round.
     two_before = weights_of(two)
-    two.load(str(tmp_path / "one")).result()
+    two.load(str(by_one)).result()
     assert_close(one.weights(), weights_of(two), 0.0)
-    one.load(str(tmp_path / "two"))
+    one.load(str(by_two))
     assert_close(one.weights(), two_before, 0.0)
     samples = make_samples(9, 6)
     one.update(samples, 6)
     two.update(samples, 6).result()
     assert_close(one.weights(), weights_of(two), 2e-5)
-    two.close()
 
 
-def test_a_learner_that_dies_is_named_in_time(cluster: None, policy: str) -> None:
-    group = LearnerGroup(make_spec(policy, 2), CLUSTER)
-    group.ready().result()
-    dead = list(group.ranks.values())[1]
+def test_the_rendezvous_is_not_open_to_the_network(two: LearnerGroup) -> None:
+    """Every port that a learner listens on for the others is on loopback, as their Ray is."""
+    addresses = set()
+    for handle in two.ranks.values():
+        pid = int(ray.get(handle.stacks.remote()).split()[1])
+        addresses |= listening_addresses(pid)
+    assert addresses, "learners that listen nowhere cannot have met"
+    loopback = {"0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"}
+    assert addresses <= loopback
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Local addresses, as /proc prints them, of the sockets that a process listens on, Ray's own left out."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            inodes.add(target[8:-1])
+    out = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and fields[9] in inodes:
+                out.add(fields[1].partition(":")[0])
+    return out
+
+
+def test_a_learner_that_dies_is_named_in_time(two: LearnerGroup) -> None:
+    """Last of those that share the group, which ends here."""
+    dead = list(two.ranks.values())[1]
     pid = int(ray.get(dead.stacks.remote()).split()[1])
-    call = group.update(make_samples(1, 400), 1)
+    call = two.update(make_samples(1, 400), 1)
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
     started = time.monotonic()
@@ -132,3 +174,25 @@ def test_a_learner_that_dies_is_named_in_time(cluster: None, policy: str) -> Non
     assert time.monotonic() - started < 20
     assert "\n" not in str(caught.value)
     assert "policy learner 0" not in str(caught.value)
+
+
+@pytest.mark.slow  # starts two more learners
+def test_a_learner_that_is_stopped_is_named_at_the_deadline(cluster: None, policy: str) -> None:
+    group = LearnerGroup(make_spec(policy, 2), CLUSTER.model_copy(update={"update_timeout_s": 5.0}))
+    group.ready().result()
+    stopped = list(group.ranks.values())[1]
+    pid = int(ray.get(stopped.stacks.remote()).split()[1])
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(PoolTimeout, match=r"waited 5 s for policy learner 0, policy learner 1; no answer from .* 1$"):
+        group.update(make_samples(1, 6), 1).result()
+
+
+@pytest.mark.slow  # starts two more learners
+def test_one_learners_error_ends_the_call_although_the_other_waits(cluster: None, policy: str, tmp_path: Path) -> None:
+    """Rank 0 alone writes: a folder that is a file is its error alone, and rank 1 has gone on to the next exchange."""
+    group = LearnerGroup(make_spec(policy, 2), CLUSTER)
+    group.ready().result()
+    (tmp_path / "policy").write_text("not a folder")
+    with pytest.raises(PoolError, match=r"checkpoint: policy learner 0: \w+") as caught:
+        group.save(str(tmp_path)).result()
+    assert "\n" not in str(caught.value)
