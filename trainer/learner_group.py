@@ -23,6 +23,8 @@ from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 
 PEERS_S = 5.0
 """How long the others have to fail as well: who lost a connection is heard of before who died."""
+LOOPBACK = "127.0.0.1"
+"""Where learners of a local Ray meet: nobody else has business there."""
 ALIVE_S = 3.0
 """How long a late learner has to answer anything at all."""
 
@@ -106,7 +108,7 @@ class LearnerGroup:
             refs = [handles[0].ready.remote()]
         else:
             # The address goes from rank 0 to the others without the driver waiting for it.
-            address = handles[0].listen.remote()
+            address = handles[0].listen.remote(LOOPBACK if cluster.address is None else None)
             refs = [handle.join.remote(address) for handle in handles]
         self._ready = LearnerCall(self, "start", refs, cluster.start_timeout_s)
 

@@ -101,8 +101,8 @@ class PolicyLearner:
 
     # ---- start
 
-    def listen(self, host: str | None = None) -> tuple[str, int]:
-        """Rank 0: (host, port) of the rendezvous, by default on the address by which Ray knows this node."""
+    def listen(self, host: str | None) -> tuple[str, int]:
+        """Rank 0: (host, port) of the rendezvous; None takes the address by which Ray knows this node."""
         if host is None:
             import ray
 

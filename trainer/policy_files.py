@@ -6,6 +6,7 @@ policy are kept to the bit; every learner calls with the same folder, rank 0 wri
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def _plain_model(model: Any, dtype: str, rank: int) -> Any:
     weights = whole_weights(model, DTYPES[dtype], keep=rank == 0)
     if rank != 0:
         return None
+    # A copy: building a model writes into its config, which would change the attention of the one that trains.
+    config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+        plain = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
