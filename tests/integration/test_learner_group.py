@@ -14,7 +14,8 @@ import pytest
 import ray
 import torch
 
-from slipstream.conf.schema import AlgoConfig, ClusterConfig, LearnerConfig
+from slipstream.conf.algo import AlgoConfig, LearnerConfig
+from slipstream.conf.schema import ClusterConfig
 from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.cluster import ray_cluster
