@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-
-
-class Strict(BaseModel):
-    """Refuses unknown keys, non-finite numbers and silent conversions; immutable once built."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True)
+from slipstream.conf.base import (
+    FolderName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+)
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 
 
 class RunConfig(Strict):
@@ -96,110 +93,6 @@ class SamplingConfig(Strict):
     temperature: float = Field(1.0, ge=0, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: NonNegativeInt = 0
-
-
-class CorrectionConfig(Strict):
-    """What is done about samples that an older policy, or another program, drew; see trainer/correction.py.
-
-    `auto` follows algo.max_staleness_steps: off at 0; above 0 the learner's own log-probabilities and token weights.
-    """
-
-    proximal: Literal["auto", "rollout", "learner"] = Field(
-        "auto",
-        description="What the clip compares with: the rollouts' log-probabilities, or the learner's (decoupled).",
-    )
-    weights: Literal["auto", "off", "token", "sequence", "icepop"] = Field(
-        "auto", description="Importance weights of the samples; token: truncated importance sampling."
-    )
-    weight_low: PositiveFloat = Field(0.5, description="icepop: a token whose ratio is lower is masked.")
-    weight_high: PositiveFloat = Field(2.0, description="Highest weight; icepop masks what is above.")
-    rejection: Literal["off", "token", "sequence", "sequence_mean"] = Field(
-        "off", description="Leaves out the tokens, or the whole responses, whose ratio is out of bounds."
-    )
-    rejection_low: PositiveFloat = 0.5
-    rejection_high: PositiveFloat = 2.0
-
-    @model_validator(mode="after")
-    def _bounds(self) -> CorrectionConfig:
-        for name in ("weight", "rejection"):
-            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
-            if low > high:
-                raise ValueError(
-                    f"algo.correction.{name}_low={low} is above algo.correction.{name}_high={high}; "
-                    "allowed: at most that"
-                )
-        if self.proximal == "rollout" and (self.weights not in ("auto", "off") or self.rejection != "off"):
-            raise ValueError(
-                f"algo.correction.proximal=rollout with algo.correction.weights={self.weights} and "
-                f"algo.correction.rejection={self.rejection}; both need algo.correction.proximal=learner"
-            )
-        return self
-
-
-class AlgoConfig(Strict):
-    """Advantage, loss and optimiser. Counts of prompts are prompts, counts of samples are samples."""
-
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"] = Field(
-        "grpo", description="How a sample is compared with its group; see trainer/advantages.py."
-    )
-    loss: Literal["ppo_clip", "gspo", "cispo"] = Field("ppo_clip", description="See trainer/losses.py.")
-    num_steps: PositiveInt = 32
-    num_prompts_per_step: PositiveInt = 16
-    num_updates_per_step: PositiveInt = Field(1, description="Optimiser updates each step's samples are split into.")
-    clip_ratio_low: Share = 0.2
-    clip_ratio_high: float = Field(0.28, ge=0, le=10, description="Clip-higher (DAPO); equal to low for plain PPO.")
-    dual_clip: float = Field(
-        10.0, gt=1, description="ppo_clip: a negative advantage costs at most this many times its size, as in verl."
-    )
-    loss_agg: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
-        "token-mean", description="seq-mean-token-sum-norm divides by sampling.max_new_tokens (Dr. GRPO)."
-    )
-    max_staleness_steps: NonNegativeInt = Field(
-        0, description="Updates a rollout's oldest policy may lag behind; 0: sampling and learning take turns."
-    )
-    in_flight: Literal["continue", "recompute", "drain"] = Field(
-        "continue",
-        description="Unfinished rollouts when the weights change: keep their cache, recompute it, finish them first.",
-    )
-    num_extra_groups: NonNegativeInt = Field(
-        0, description="Groups started beyond what a step needs; the least finished are closed early, and counted."
-    )
-    filter_uniform_groups: bool = Field(
-        False, description="Replace groups whose rewards are all equal (DAPO's dynamic sampling), and count them."
-    )
-    max_refill_rounds: PositiveInt = Field(
-        4, description="A step replaces at most this many times its own number of groups; then they are kept."
-    )
-    correction: CorrectionConfig = CorrectionConfig()
-    kl_coef: NonNegativeFloat = Field(0.0, description="Weight of the KL to the initial policy; 0 holds no reference.")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    learning_rate: PositiveFloat = 1e-3
-    warmup_steps: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.95
-    grad_clip_norm: PositiveFloat = 1.0
-    max_tokens_per_microbatch: PositiveInt = Field(8192, description="Padded tokens of one forward-backward pass.")
-
-    @property
-    def streams(self) -> bool:
-        """Whether rollouts are collected one by one, as they finish, instead of step by step."""
-        return self.max_staleness_steps > 0 or self.num_extra_groups > 0 or self.filter_uniform_groups
-
-    @property
-    def weights(self) -> Literal["off", "token", "sequence", "icepop"]:
-        """algo.correction.weights with `auto` resolved."""
-        if self.correction.weights != "auto":
-            return self.correction.weights
-        return "token" if self.max_staleness_steps and self.correction.proximal != "rollout" else "off"
-
-    @property
-    def recomputes_logprobs(self) -> bool:
-        """Whether the learner recomputes the samples' log-probabilities before its first update of a step."""
-        if self.correction.proximal != "auto":
-            return self.correction.proximal == "learner"
-        return self.max_staleness_steps > 0 or self.weights != "off" or self.correction.rejection != "off"
 
 
 class EngineConfig(Strict):
@@ -285,14 +178,35 @@ class ClusterConfig(Strict):
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")
-    cpus_for_learner: PositiveFloat = 1.0
-    gpus_for_learner: NonNegativeFloat = 0.0
-    threads_for_learner: PositiveInt = 2
+    num_learners: PositiveInt = Field(1, description="Learners that share one policy's weights and each update's work.")
+    cpus_for_learner: PositiveFloat = Field(1.0, description="Of each learner.")
+    gpus_for_learner: NonNegativeFloat = Field(0.0, description="Of each learner; a fraction only with one learner.")
+    threads_for_learner: PositiveInt = Field(2, description="torch threads of each learner.")
     start_timeout_s: PositiveFloat = Field(120.0, description="Deadline for Ray and all actors to be ready.")
     rollout_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for the rollouts of one step.")
     update_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for one policy update.")
     dashboard: bool = False
     dashboard_port: int = Field(8265, ge=1024, le=65535)
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that all actors together reserve."""
+        return self.num_workers * self.cpus_per_worker + self.num_learners * self.cpus_for_learner
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that all actors together reserve."""
+        return self.num_workers * self.gpus_per_worker + self.num_learners * self.gpus_for_learner
+
+    @model_validator(mode="after")
+    def _learners(self) -> ClusterConfig:
+        # NCCL refuses two ranks on one GPU.
+        if self.num_learners > 1 and self.gpus_for_learner % 1:
+            raise ValueError(
+                f"cluster.gpus_for_learner={self.gpus_for_learner} with cluster.num_learners={self.num_learners}; "
+                "allowed: a whole number, because learners cannot share a GPU"
+            )
+        return self
 
 
 class TrackingConfig(Strict):
@@ -363,6 +277,7 @@ class Settings(Strict):
     reward: RewardConfig = RewardConfig()
     sampling: SamplingConfig = SamplingConfig()
     algo: AlgoConfig = AlgoConfig()
+    learner: LearnerConfig = LearnerConfig()
     engine: EngineConfig = EngineConfig()
     drafter: DrafterConfig = DrafterConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -53,7 +53,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if cluster.address is None:
         options |= {
-            "num_cpus": max(int(_cpus(cluster) + 0.999), os.cpu_count() or 1),
+            "num_cpus": max(int(cluster.num_cpus + 0.999), os.cpu_count() or 1),
             "include_dashboard": cluster.dashboard,
             "dashboard_port": cluster.dashboard_port,
             "_node_ip_address": LOOPBACK,
@@ -170,17 +170,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _cpus(cluster: ClusterConfig) -> float:
-    return cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
-
-
 def missing_resources(have: dict[str, float], cluster: ClusterConfig) -> list[str]:
     """A line for each resource that the job asks for more of than there is."""
-    gpus = cluster.num_workers * cluster.gpus_per_worker + cluster.gpus_for_learner
+    asked = f"cluster.num_workers={cluster.num_workers}, cluster.num_learners={cluster.num_learners}"
     return [
-        f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers} and the learner), "
-        f"the Ray cluster has {have.get(name, 0.0):g}"
-        for name, needed in (("CPU", _cpus(cluster)), ("GPU", gpus))
+        f"the job asks for {needed:g} {name}s ({asked}), the Ray cluster has {have.get(name, 0.0):g}"
+        for name, needed in (("CPU", cluster.num_cpus), ("GPU", cluster.num_gpus))
         if have.get(name, 0.0) + 1e-9 < needed
     ]
 
@@ -220,7 +215,7 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
 
 
 def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
-    """The learner's share of the settings."""
+    """The learners' share of the settings."""
     return LearnerSpec(
         model_path=model_path,
         dtype=settings.model.dtype,
@@ -230,4 +225,8 @@ def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
         temperature=settings.sampling.temperature,
         max_new_tokens=settings.sampling.max_new_tokens,
         algo=settings.algo,
+        learner=settings.learner,
+        num_learners=settings.cluster.num_learners,
+        start_timeout_s=settings.cluster.start_timeout_s,
+        call_timeout_s=settings.cluster.update_timeout_s,
     )

@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from slipstream.trainer.progress import format_progress
 from slipstream.trainer.samples import pricing_metrics, rollout_records, sample_metrics, speculation_metrics
 from slipstream.trainer.tracking import Tracker
 from slipstream.trainer.watchdog import ANSWER_TIMEOUT_S, Watchdog
+
+if TYPE_CHECKING:
+    from slipstream.trainer.learner_group import LearnerCall
 
 CLOSE_TIMEOUT_S = 30.0
 """How long a job that failed waits for a checkpoint under way."""
@@ -76,13 +80,13 @@ class TrainLoop:
 
     def start(self, resumed_from: Path | None) -> None:
         """Starts the actors, waits for them together, restores a checkpoint."""
-        from slipstream.rollout.actors import dump_stacks, make_actor, wait_for
+        from slipstream.rollout.actors import dump_stacks
         from slipstream.rollout.pool import RolloutPool
         from slipstream.rollout.streaming_pool import StreamingPool
         from slipstream.trainer.cluster import learner_spec, worker_spec
-        from slipstream.trainer.policy import PolicyLearner
+        from slipstream.trainer.learner_group import LearnerGroup
         from slipstream.trainer.rollout_source import SourceContext, SyncSource
-        from slipstream.trainer.saver import CheckpointSaver, LearnerActor
+        from slipstream.trainer.saver import CheckpointSaver
         from slipstream.trainer.streaming_source import StreamingSource
 
         cluster, deadline = self.settings.cluster, self.settings.cluster.start_timeout_s
@@ -99,11 +103,9 @@ class TrainLoop:
             cluster.routing,
             cluster.steal,
         )
-        actor = make_actor(PolicyLearner, cluster.cpus_for_learner, cluster.gpus_for_learner)
-        self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
+        self._learner = LearnerGroup(learner_spec(self.settings, self._model_path), cluster)
         files = [path for name in TOKENIZER_FILES if (path := self.tokenizer.folder / name).is_file()]
-        saving = LearnerActor(self._learner)
-        self._saver = CheckpointSaver(self.settings.checkpoint, self.run_dir, saving, files, self._ask)
+        self._saver = CheckpointSaver(self.settings.checkpoint, self.run_dir, self._learner, files, self._ask)
         context = SourceContext(
             self.settings,
             self.prompts,
@@ -116,12 +118,12 @@ class TrainLoop:
         )
         self._source = StreamingSource(self._pool, context) if streams else SyncSource(self._pool, context)
         self.watchdog.describe(self._source.describe)
-        learner = {"the policy learner": self._learner}
+        learner = self._learner.ranks
         self.watchdog.describe(lambda: _sections(self._pool.dump_stacks(ANSWER_TIMEOUT_S / 2)))
         self.watchdog.describe(lambda: _sections(dump_stacks(learner, ANSWER_TIMEOUT_S / 2)))
         facts = self._pool.ready(deadline)[0]
         # Not through the source, which would start rollouts: indexes are shared, and a checkpoint is read, before that.
-        wait_for([self._learner.ready.remote()], ["the policy learner"], "start", deadline)
+        self._learner.ready().result()
         if self.settings.drafter.name == "suffix" and self.settings.drafter.share_index:
             self._pool.share_indexes(deadline)
         print(
@@ -133,10 +135,8 @@ class TrainLoop:
         print(f"run folder: {self.run_dir}")
         self._startup_s: float | None = process_age_s()
         if resumed_from is not None:
-            wait_for(
-                [self._learner.load.remote(str(resumed_from.resolve()))], ["the policy learner"], "checkpoint", deadline
-            )
-            self._publish_weights()
+            self._learner.load(str(resumed_from.resolve())).result()
+            self._publish_weights(lambda call: call.result())
             records = sorted(self.state.history, key=lambda record: record.step)
             self._pool.publish(self.state.step, records, self.state.learned, deadline)
 
@@ -153,14 +153,15 @@ class TrainLoop:
             self._pool.close()
         self._saver = self._pool = None
 
-    def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
-        result = self._source.wait(ref, "the policy learner", what, timeout_s)
-        self.watchdog.progress(what)
+    def _ask(self, call: LearnerCall) -> Any:
+        result = self._source.wait(call)
+        self.watchdog.progress(call.what)
         return result
 
-    def _publish_weights(self) -> None:
+    def _publish_weights(self, wait: Callable[[LearnerCall], Any]) -> None:
+        wait(self._learner.gather(self.state.step))
         # The object reference goes from the learner to the workers; the driver never holds the weights.
-        self._source.publish_weights(self._learner.weights.remote(), self.state.step)
+        self._source.publish_weights(self._learner.weights(), self.state.step)
         self.watchdog.progress(f"weights of version {self.state.step}")
 
     # ---- steps
@@ -206,7 +207,7 @@ class TrainLoop:
         metrics |= self._update(scored.train_samples(), step)
         clock.lap("update_actor")
         self.state.step = step
-        self._publish_weights()
+        self._publish_weights(self._ask)
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)
@@ -237,8 +238,7 @@ class TrainLoop:
         if not samples:
             print(f"step {step}: no sample has a reward; the update is skipped", file=sys.stderr)
             return {"actor/num_updates": 0.0}
-        ref = self._learner.update.remote(samples, step)
-        return self._ask(ref, f"update of step {step}", self.settings.cluster.update_timeout_s)
+        return self._ask(self._learner.update(samples, step))
 
     def _observe_lengths(self, rollouts: list[Rollout]) -> None:
         ended = [rollout for rollout in rollouts if rollout.finish in ("stop", "length")]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slipstream.conf.schema import AlgoConfig, ClusterConfig, DataConfig, Settings
+from slipstream.conf.learning import AlgoConfig
+from slipstream.conf.schema import ClusterConfig, DataConfig, Settings
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.model_shape import ModelShape, read_model_shape
@@ -60,7 +61,8 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes. A worker holds weights and KV cache; the learner weights, gradients, moments and reference."""
+    """Bytes of one worker and one learner. A worker holds weights and KV cache; the learners share weights, gradients,
+    moments and reference out among them, and gather a layer at a time."""
 
     num_parameters: int
     worker_weights: int
@@ -121,7 +123,13 @@ def _actors(cluster: ClusterConfig) -> tuple[ActorPlan, ...]:
             cluster.gpus_per_worker,
             cluster.threads_per_worker,
         ),
-        ActorPlan("learner", 1, cluster.cpus_for_learner, cluster.gpus_for_learner, cluster.threads_for_learner),
+        ActorPlan(
+            "learner",
+            cluster.num_learners,
+            cluster.cpus_for_learner,
+            cluster.gpus_for_learner,
+            cluster.threads_for_learner,
+        ),
     )
 
 
@@ -156,13 +164,14 @@ def _count_prompts(data: DataConfig) -> int | None:
 def _memory(settings: Settings, shape: ModelShape) -> MemoryPlan:
     width = DTYPE_BYTES[settings.model.dtype]
     weights = shape.num_parameters * width
-    reference = weights if settings.algo.kl_coef > 0 else 0
+    trained = shape.num_parameters * DTYPE_BYTES["float32"] if settings.learner.master_weights_float32 else weights
+    reference = trained if settings.algo.kl_coef > 0 else 0
     slots = settings.engine.max_live_requests * _max_length(settings)
     return MemoryPlan(
         num_parameters=shape.num_parameters,
         worker_weights=weights,
         worker_kv_cache=slots * shape.kv_values_per_token * width,
-        learner=2 * weights + shape.num_parameters * MOMENT_BYTES + reference,
+        learner=-(-(2 * trained + shape.num_parameters * MOMENT_BYTES + reference) // settings.cluster.num_learners),
     )
 
 
@@ -211,10 +220,11 @@ def _memory_lines(plan: Plan) -> list[str]:
     if memory is None:
         return ["  unknown: the model's files are not on this machine, or its layout is not a usual one"]
     slots = f"{settings.engine.max_live_requests} requests x {_max_length(settings):,} tokens"
+    shared = f" each, shared out over {settings.cluster.num_learners}" if settings.cluster.num_learners > 1 else ""
     cache = f"{_size(memory.worker_kv_cache)} KV cache: {slots}"
     return [
         f"  worker   {_size(memory.worker_weights)} weights, {cache}",
-        f"  learner  {_size(memory.learner)} weights, gradients and optimiser",
+        f"  learner  {_size(memory.learner)} weights, gradients and optimiser{shared}",
     ]
 
 

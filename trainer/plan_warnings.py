@@ -26,13 +26,12 @@ def _machine(cluster: ClusterConfig) -> list[str]:
     if cluster.address is not None:
         return []
     warnings, cores = [], len(os.sched_getaffinity(0))
-    cpus = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_for_learner
+    cpus, gpus = cluster.num_cpus, cluster.num_gpus
     if cpus > cores:
         warnings.append(f"the actors ask for {cpus:g} CPUs and this machine has {cores}: they share its cores")
-    threads = max(cluster.num_workers * cluster.threads_per_worker, cluster.threads_for_learner)
+    threads = max(cluster.num_workers * cluster.threads_per_worker, cluster.num_learners * cluster.threads_for_learner)
     if threads > cores:
         warnings.append(f"{threads} torch threads compute at once and this machine has {cores} CPUs")
-    gpus = cluster.num_workers * cluster.gpus_per_worker + cluster.gpus_for_learner
     if gpus > 0 and shutil.which("nvidia-smi") is None:
         warnings.append(f"the actors ask for {gpus:g} GPUs and this machine shows none")
     return warnings

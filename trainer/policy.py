@@ -1,39 +1,54 @@
-"""The policy learner: one Ray actor that turns samples into new weights.
+"""The policy learner: a Ray actor that turns samples into new weights, alone or as one of several that share them.
 
-Invariants: an update is a pure function of (weights, optimiser state, samples); log-probabilities are taken at the
-sampling temperature (law 2); an update without a single token is skipped and said so in its metrics; nothing is
-pickled to disk.
+Invariants
+- An update is a pure function of (weights, optimiser state, samples), up to rounding the same for any number of
+  learners; the loss of each token is divided by the tokens of the whole update, over all learners.
+- Log-probabilities are taken at the sampling temperature (law 2).
+- An update without a single token is skipped and said so in its metrics; nothing is pickled to disk.
+- All learners get the same calls with the same arguments in the same order: most of them talk to each other inside.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from slipstream.conf.schema import AlgoConfig
-from slipstream.rollout.model_loader import default_device, load_policy
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
+from slipstream.rollout.model_loader import DTYPES, default_device, load_policy
 from slipstream.rollout.stacks import thread_stacks
-from slipstream.trainer.batch import MicroBatch, TrainSample, micro_batches, split_updates
-from slipstream.trainer.checkpoint import (
-    copy_tensors,
-    flatten_optimizer,
-    load_tensors,
-    restore_optimizer,
-    save_tensors,
-)
+from slipstream.trainer.batch import PackedBatch, PaddedBatch, TrainSample, pack, pad, sequence_lengths, split_updates
 from slipstream.trainer.correction import correct_samples
-from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss, token_logprobs
+from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss
+from slipstream.trainer.micro_plan import plan_packed, plan_padded
+from slipstream.trainer.packed_attention import batch_logprobs, probe_packing, use_packed_attention
+from slipstream.trainer.policy_files import LearnerFiles, learner_files, load_learner
+from slipstream.trainer.sharding import (
+    all_sum,
+    group_of_one,
+    join_group,
+    listen,
+    shard,
+    share_out_again,
+    sum_over_ranks,
+    whole,
+    whole_weights,
+)
 from slipstream.trainer.weight_sync import export_weights
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """What the learner is built from; algo as in conf/schema.py, temperature and max_new_tokens as sampled."""
+    """What a learner is built from; algo and learner as in conf/learning.py, temperature and max_new_tokens as sampled.
+
+    call_timeout_s: how long a learner waits for the others in one exchange.
+    """
 
     model_path: str
     dtype: str
@@ -43,6 +58,15 @@ class LearnerSpec:
     temperature: float
     max_new_tokens: int
     algo: AlgoConfig
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    num_learners: int = 1
+    start_timeout_s: float = 120.0
+    call_timeout_s: float = 1800.0
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Whether the optimiser's weights are wider than the policy's."""
+        return self.learner.master_weights_float32 and self.dtype != "float32"
 
 
 def learning_rate(algo: AlgoConfig, step: int) -> float:
@@ -60,28 +84,84 @@ def learning_rate(algo: AlgoConfig, step: int) -> float:
 
 
 class PolicyLearner:
-    """Policy gradient with AdamW on one device."""
+    """Policy gradient with AdamW on one device; alone, or rank `rank` of spec.num_learners."""
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, rank: int = 0) -> None:
         torch.set_num_threads(spec.num_threads)
-        self._spec, self._algo = spec, spec.algo
+        self._spec, self._algo, self._rank = spec, spec.algo, rank
         self._device = default_device(spec.num_gpus)
-        self._model = load_policy(spec.model_path, spec.dtype, self._device, spec.random_init_seed)
-        self._model.set_attn_implementation("sdpa")
-        self._reference = None
+        self._mesh: DeviceMesh | None = None
+        self._listener: socket.socket | None = None
+        self._gathered: dict[str, torch.Tensor] | None = None
+        self._reference: torch.nn.Module | None = None
+        if spec.num_learners == 1:
+            if spec.keeps_masters:
+                self._mesh = group_of_one(self._device, spec.call_timeout_s)
+            self._build()
+
+    # ---- start
+
+    def listen(self, host: str | None) -> tuple[str, int]:
+        """Rank 0: (host, port) of the rendezvous; None takes the address by which Ray knows this node."""
+        if host is None:
+            import ray
+
+            here = ray.get_runtime_context().get_node_id()
+            host = next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
+        self._listener = listen(host)
+        return host, self._listener.getsockname()[1]
+
+    def join(self, address: tuple[str, int]) -> dict[str, Any]:
+        """Waits for the other learners and loads this one's share of the model; as `ready`."""
+        spec = self._spec
+        self._mesh = join_group(
+            self._rank,
+            spec.num_learners,
+            address,
+            self._listener,
+            self._device,
+            spec.start_timeout_s,
+            spec.call_timeout_s,
+        )
+        self._build()
+        return self.ready()
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the model is loaded."""
+        return {"device": self._device, "num_parameters": sum(p.numel() for p in self._model.parameters())}
+
+    def _build(self) -> None:
+        self._model = self._load_model()
+        if self._spec.learner.activation_checkpointing:
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._algo.kl_coef > 0:
-            self._reference = load_policy(spec.model_path, spec.dtype, self._device, spec.random_init_seed).eval()
+            self._reference = self._load_model().eval()
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
             lr=self._algo.learning_rate,
             betas=(self._algo.adam_beta1, self._algo.adam_beta2),
             weight_decay=self._algo.weight_decay,
         )
-        self._snapshot: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
+        self._snapshot: LearnerFiles | None = None
 
-    def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded."""
-        return {"device": self._device, "num_parameters": sum(p.numel() for p in self._model.parameters())}
+    def _load_model(self) -> Any:
+        spec = self._spec
+        # A share is moved to the GPU when it is cut: the whole need not fit there.
+        device = self._device if self._mesh is None else "cpu"
+        model = load_policy(spec.model_path, spec.dtype, device, spec.random_init_seed)
+        if spec.learner.packing:
+            use_packed_attention(model, "learner.packing")
+        else:
+            model.set_attn_implementation("sdpa")
+        if self._mesh is not None:
+            # From the policy's dtype on purpose: learner and rollout workers start from the same weights.
+            shard(model.float() if spec.keeps_masters else model, self._mesh, DTYPES[spec.dtype])
+        if spec.learner.packing:
+            probe_packing(model, "learner.packing")
+            share_out_again(model)
+        return model
+
+    # ---- updates
 
     def update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         """One training step: `num_updates_per_step` optimiser updates over the samples; metrics in verl's names."""
@@ -101,35 +181,50 @@ class PolicyLearner:
                 totals[name] = totals.get(name, 0.0) + value / len(parts)
         return totals | corrected | {"actor/lr": rate, "actor/num_updates": float(len(parts))}
 
+    def _micro_batches(self, samples: list[TrainSample]) -> list[PaddedBatch | PackedBatch]:
+        """This learner's; all learners have the same number."""
+        lengths, limit = sequence_lengths(samples), self._algo.max_tokens_per_microbatch
+        if self._spec.learner.packing:
+            hidden_size = self._model.config.get_text_config().hidden_size
+            plan = plan_packed(lengths, limit, self._spec.num_learners, hidden_size)
+            return [pack(samples, order) for order in plan[self._rank]]
+        plan = plan_padded(lengths, limit, self._spec.num_learners)
+        return [pad(samples, order) for order in plan[self._rank]]
+
     @torch.no_grad()
     def _logprobs(self, samples: list[TrainSample]) -> list[np.ndarray]:
-        """log p of every response token under the current weights, one array for each sample."""
+        """log p of every response token under the current weights, one array for each sample, on every learner."""
         self._model.eval()
-        out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
-        for batch in micro_batches(samples, self._algo.max_tokens_per_microbatch):
-            targets = torch.from_numpy(batch.targets).to(self._device)
-            logp, _ = token_logprobs(self._logits(batch, self._model), targets, self._spec.temperature)
-            for row, i in enumerate(batch.order):
-                first = len(samples[i].prompt) - 1
-                out[i] = logp[row, first : first + len(samples[i].response)].float().cpu().numpy()
-        return out
-
-    def _logits(self, batch: MicroBatch, model: torch.nn.Module) -> torch.Tensor:
-        inputs = torch.from_numpy(batch.input_ids).to(self._device)
-        attention = torch.from_numpy(batch.attention).to(self._device)
-        return model(input_ids=inputs, attention_mask=attention, use_cache=False).logits
+        ends = np.cumsum([len(sample.response) for sample in samples])
+        out = torch.zeros(int(ends[-1]))
+        for batch in self._micro_batches(samples):
+            logp = batch_logprobs(self._model, batch, self._spec.temperature)[0].float().cpu()
+            for row, (i, first) in enumerate(zip(batch.rows.order, batch.rows.first, strict=False)):
+                count = len(samples[i].response)
+                out[ends[i] - count : ends[i]] = logp[row, first : first + count]
+        share_out_again(self._model)
+        if self._spec.num_learners > 1:
+            # Every place is zero on all learners but one, so the sum is that one's number to the bit.
+            out = all_sum(out, self._device)
+        return np.split(out.numpy(), ends[:-1])
 
     def _update_once(self, samples: list[TrainSample]) -> dict[str, float]:
         num_tokens = sum(sample.num_tokens for sample in samples)
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, float] = {}
-        for batch in micro_batches(samples, self._algo.max_tokens_per_microbatch):
+        batches = self._micro_batches(samples)
+        for number, batch in enumerate(batches, start=1):
+            if self._mesh is not None:
+                last = number == len(batches)
+                self._model.set_requires_gradient_sync(last or self._spec.learner.reduce_every_microbatch)
             loss, part = self._loss(batch, num_tokens, len(samples))
             loss.backward()
             for name, value in part.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._algo.grad_clip_norm)
+        if self._spec.num_learners > 1:
+            metrics = sum_over_ranks(metrics, self._device)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._algo.grad_clip_norm))
         if torch.isfinite(norm):
             self._optimizer.step()
         return metrics | {
@@ -138,15 +233,15 @@ class PolicyLearner:
         }
 
     def _loss(
-        self, batch: MicroBatch, num_tokens: int, num_sequences: int
+        self, batch: PaddedBatch | PackedBatch, num_tokens: int, num_sequences: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        algo = self._algo
+        algo, temperature = self._algo, self._spec.temperature
         tensors = {
-            name: torch.from_numpy(getattr(batch, name)).to(self._device)
-            for name in ("targets", "mask", "old_logp", "rollout_logp", "weights", "advantages")
+            name: torch.from_numpy(getattr(batch.rows, name)).to(self._device)
+            for name in ("mask", "old_logp", "rollout_logp", "weights", "advantages")
         }
-        mask, targets = tensors["mask"], tensors["targets"]
-        logp, entropy = token_logprobs(self._logits(batch, self._model), targets, self._spec.temperature)
+        mask = tensors["mask"]
+        logp, entropy = batch_logprobs(self._model, batch, temperature)
         losses, metrics = policy_loss(
             logp,
             tensors["old_logp"],
@@ -166,7 +261,7 @@ class PolicyLearner:
         metrics["training/rollout_logprobs_diff_mean"] = difference.sum() / num_tokens
         if self._reference is not None:
             with torch.no_grad():
-                reference, _ = token_logprobs(self._logits(batch, self._reference), targets, self._spec.temperature)
+                reference, _ = batch_logprobs(self._reference, batch, temperature)
             penalty = kl_penalty(logp, reference, algo.kl_estimator)
             kl = aggregate(penalty, mask, algo.loss_agg, *totals)
             metrics["actor/kl_loss"] = kl.detach()
@@ -177,29 +272,41 @@ class PolicyLearner:
         """Where every thread of this process is, innermost call last."""
         return thread_stacks()
 
+    # ---- weights
+
+    def gather(self) -> None:
+        """All learners: brings shared-out weights together on rank 0, where the next `weights` takes them."""
+        if self._mesh is None:
+            return
+        self._gathered = whole_weights(self._model, DTYPES[self._spec.dtype], keep=self._rank == 0)
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """The current policy, to be published under the next version."""
-        return export_weights(self._model)
+        """The current policy, to be published under the next version; rank 0, after `gather`."""
+        if self._mesh is None:
+            return export_weights(self._model)
+        if self._gathered is None:
+            raise RuntimeError("weights of learners that share them out: gather comes first")
+        weights, self._gathered = self._gathered, None
+        return weights
 
     def snapshot(self) -> None:
-        """Copies weights and optimiser into host memory, for the next `save`."""
-        state = self._model.state_dict(), flatten_optimizer(self._optimizer)
-        self._snapshot = copy_tensors(state[0]), copy_tensors(state[1])
+        """All learners: copies weights and optimiser into rank 0's host memory, for the next `save`."""
+        self._snapshot = self._files(copied=True)
 
     def save(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder (policy/) and the optimiser (optimizer.safetensors).
 
-        After `snapshot` what it copied, and then from any thread, while updates go on; else the state of now.
+        After `snapshot` what it copied: on rank 0 alone, from any thread, while updates go on. Else the state of now:
+        all learners take part and rank 0 writes, the same files for any number of learners.
         """
-        path, snapshot = Path(folder), self._snapshot
-        self._snapshot = None
-        weights, optimizer = snapshot or (self._model.state_dict(), flatten_optimizer(self._optimizer))
-        self._model.save_pretrained(path / "policy", state_dict=weights, safe_serialization=True)
-        save_tensors(path / "optimizer.safetensors", optimizer)
+        files, self._snapshot = self._snapshot or self._files(copied=False), None
+        if files is not None:
+            files.write(Path(folder))
+
+    def _files(self, copied: bool) -> LearnerFiles | None:
+        spec = self._spec
+        return learner_files(self._model, self._optimizer, spec.dtype, spec.keeps_masters, self._rank, copied)
 
     def load(self, folder: str) -> None:
         """Reads what `save` wrote."""
-        path = Path(folder)
-        saved = load_policy(path / "policy", self._spec.dtype, self._device)
-        self._model.load_state_dict(saved.state_dict())
-        restore_optimizer(self._optimizer, load_tensors(path / "optimizer.safetensors", self._device))
+        load_learner(Path(folder), self._model, self._optimizer, self._spec.dtype, self._spec.keeps_masters)

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from slipstream.conf.schema import Settings
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.actors import wait_for
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.pool import RolloutPool
@@ -24,6 +23,7 @@ from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import ChatTokenizer
 from slipstream.trainer.evaluation import Evaluation
 from slipstream.trainer.job_state import JobState
+from slipstream.trainer.learner_group import LearnerCall
 from slipstream.trainer.samples import ScoredStep, make_requests, score_rollout, scored_step
 from slipstream.trainer.watchdog import Watchdog
 
@@ -61,8 +61,8 @@ class RolloutSource(Protocol):
     def collect(self, step: int) -> Collected:
         """The samples that step `step` trains on."""
 
-    def wait(self, ref: Any, who: str, what: str, timeout_s: float) -> Any:
-        """The result of another actor's call."""
+    def wait(self, call: LearnerCall) -> Any:
+        """The answer of the learners."""
 
     def publish_weights(self, weights: Any, version: int) -> None:
         """Brings weights (a Ray object) to every worker."""
@@ -120,9 +120,9 @@ class SyncSource:
         predicted, timeout_s = self._context.state.predicted_lengths, self._cluster.rollout_timeout_s
         return self._pool.generate(requests, predicted, timeout_s, speculate=False).rollouts
 
-    def wait(self, ref: Any, who: str, what: str, timeout_s: float) -> Any:
+    def wait(self, call: LearnerCall) -> Any:
         """Waits, and does nothing else."""
-        return wait_for([ref], [who], what, timeout_s)[0]
+        return call.result()
 
     def publish_weights(self, weights: Any, version: int) -> None:
         """All workers serve `version` afterwards."""

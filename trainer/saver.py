@@ -17,61 +17,30 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from slipstream.conf.schema import CheckpointConfig
-from slipstream.rollout.actors import SAVE_GROUP, PoolError, PoolTimeout, wait_for
+from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.trainer import checkpoint
 from slipstream.trainer.errors import SlipstreamError
 from slipstream.trainer.job_state import JobState, StateSnapshot
 
-LEARNER = "the policy learner"
-
-
-class SavingLearner(Protocol):
-    """What a saver asks of the learner; each call returns a Ray reference."""
-
-    def snapshot(self) -> Any:
-        """Copies the state; done before the next update may begin."""
-
-    def save(self, folder: str) -> Any:
-        """Writes the copy, or without one the state of now."""
-
-    def save_aside(self, folder: str) -> Any:
-        """`save` beside whatever else the learner does."""
-
-
-class LearnerActor:
-    """A learner that is one Ray actor of rollout.actors.make_actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def snapshot(self) -> Any:
-        """See SavingLearner."""
-        return self._actor.snapshot.remote()
-
-    def save(self, folder: str) -> Any:
-        """See SavingLearner."""
-        return self._actor.save.remote(folder)
-
-    def save_aside(self, folder: str) -> Any:
-        """See SavingLearner."""
-        return self._actor.save.options(concurrency_group=SAVE_GROUP).remote(folder)
+if TYPE_CHECKING:
+    from slipstream.trainer.learner_group import LearnerCall, LearnerGroup
 
 
 class CheckpointSaver:
-    """Saves one job. files: copied into the policy's folder; ask: waits for a reference (ref, what, timeout_s)."""
+    """Saves one job. files: copied into the policy's folder; ask: waits for a call."""
 
     def __init__(
         self,
         config: CheckpointConfig,
         run_dir: Path,
-        learner: SavingLearner,
+        learner: LearnerGroup,
         files: list[Path],
-        ask: Callable[[Any, str, float], Any],
+        ask: Callable[[LearnerCall], Any],
     ) -> None:
         self._config, self._run_dir, self._learner, self._files, self._ask = config, run_dir, learner, files, ask
         self._prepared: tuple[StateSnapshot, float | None] | None = None
@@ -91,7 +60,7 @@ class CheckpointSaver:
             self._write(snapshot, value, self._ask_learner)
             state.drop_forgotten(snapshot)
         else:
-            self._ask(self._learner.snapshot(), "a copy for the checkpoint", self._config.timeout_s)
+            self._ask(self._learner.snapshot(self._config.timeout_s))
             self._prepared = state.snapshot(), value
         return waited | {"timing_s/save_checkpoint": time.perf_counter() - started}
 
@@ -162,12 +131,11 @@ class CheckpointSaver:
         checkpoint.save(self._run_dir, snapshot.step, write, config.keep_last, best)
 
     def _ask_learner(self, folder: Path) -> None:
-        ref = self._learner.save(str(folder.resolve()))
-        _unwrapped(lambda: self._ask(ref, "checkpoint", self._config.timeout_s))
+        call = self._learner.save(str(folder.resolve()), self._config.timeout_s)
+        _unwrapped(lambda: self._ask(call))
 
     def _save_aside(self, folder: Path) -> None:
-        ref = self._learner.save_aside(str(folder.resolve()))
-        _unwrapped(lambda: wait_for([ref], [LEARNER], "checkpoint", self._config.timeout_s))
+        _unwrapped(self._learner.save_aside(str(folder.resolve()), self._config.timeout_s).result)
 
 
 class _Writing:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.actors import PoolTimeout, wait_for
+from slipstream.rollout.actors import PoolTimeout
 from slipstream.rollout.learned import Learned
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Rollout
@@ -26,6 +25,7 @@ from slipstream.trainer.advantages import uniform_groups
 from slipstream.trainer.data.prompts import Prompt
 from slipstream.trainer.data.rewards import Score
 from slipstream.trainer.evaluation import Evaluation
+from slipstream.trainer.learner_group import LearnerCall
 from slipstream.trainer.rollout_source import Collected, SourceContext
 from slipstream.trainer.samples import group_requests, score_rollout, scored_step, staleness_metrics
 from slipstream.trainer.work_buffer import Batch, Group, WorkBuffer
@@ -168,12 +168,11 @@ class StreamingSource:
             "async/requests_in_flight": float(sum(self._pool.num_in_flight)),
         }
 
-    def wait(self, ref: Any, who: str, what: str, timeout_s: float) -> Any:
-        """Takes rollouts in and starts new ones until the result is there."""
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until and not ray.wait([ref], timeout=0)[0]:
-            self._pump(min(POLL_S, timeout_s), (ref,))
-        return wait_for([ref], [who], what, max(0.0, until - time.monotonic()))[0]
+    def wait(self, call: LearnerCall) -> Any:
+        """Takes rollouts in and starts new ones until the answer is there."""
+        while time.monotonic() < call.deadline and (pending := call.pending()):
+            self._pump(POLL_S, pending)
+        return call.result()
 
     def publish_weights(self, weights: Any, version: int) -> None:
         """Swaps the weights; the slots of the step that made them are free afterwards."""

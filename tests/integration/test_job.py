@@ -222,3 +222,21 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
         done = run(tmp_path, "train", *SMALL, "cluster.dashboard=true", f"cluster.dashboard_port={port}", check=False)
     assert done.returncode == 1
     one_line(done, "cluster.dashboard_port", str(port))
+
+
+@pytest.mark.slow  # whole jobs of what test_learner_group.py shows with learners
+def test_two_learners_train_a_job_and_one_goes_on(tmp_path: Path) -> None:
+    """The rollouts of step 1 come before any update; a checkpoint of two learners is one learner's, too."""
+    run(tmp_path, "train", *SMALL, "run.name=one", "algo.num_steps=2")
+    run(tmp_path, "train", *SMALL, "run.name=two", "algo.num_steps=2", "cluster.num_learners=2")
+    one, two = (jsonl(tmp_path / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
+    first = {key: value for key, value in tokens(tmp_path / "runs" / "one").items() if key[0] == 1}
+    assert first == {key: value for key, value in tokens(tmp_path / "runs" / "two").items() if key[0] == 1}
+    for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-5)
+    assert all(record["training/rollout_logprobs_diff_mean"] < 1e-4 for record in two)
+    done = run(tmp_path, "train", "--resume", "runs/two", "cluster.num_learners=1", "algo.num_steps=3")
+    assert "resume:" in done.stdout
+    last = jsonl(tmp_path / "runs" / "two" / "metrics.jsonl")[-1]
+    assert last["step"] == 3
+    assert last["training/rollout_logprobs_diff_mean"] < 1e-4

@@ -16,14 +16,15 @@ import torch
 
 from slipstream.conf.schema import AlgoConfig, CheckpointConfig, ClusterConfig
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.actors import PoolTimeout, make_actor, wait_for
+from slipstream.rollout.actors import PoolTimeout, wait_for
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.checkpoint import latest, load_tensors, verify
 from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.errors import CheckpointError
 from slipstream.trainer.job_state import JobState
+from slipstream.trainer.learner_group import LearnerCall, LearnerGroup
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
-from slipstream.trainer.saver import LEARNER, CheckpointSaver, LearnerActor
+from slipstream.trainer.saver import CheckpointSaver
 from tests.tiny_models import tiny_model
 
 TIMEOUT_S = 60.0
@@ -48,8 +49,26 @@ class Learner(PolicyLearner):
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def ask(ref: Any, what: str, timeout_s: float = TIMEOUT_S) -> Any:
-    return wait_for([ref], [LEARNER], what, timeout_s)[0]
+CLUSTER = ClusterConfig(num_workers=1, cpus_per_worker=0.5, cpus_for_learner=0.5)
+
+
+def ask(ref: Any, what: str) -> Any:
+    return wait_for([ref], ["the policy learner"], what, TIMEOUT_S)[0]
+
+
+def wait(call: LearnerCall) -> Any:
+    return call.result()
+
+
+def make_learner(model_folder: str) -> LearnerGroup:
+    spec = LearnerSpec(model_folder, "float32", None, 0.0, 1, 1.0, 20, AlgoConfig())
+    group = LearnerGroup(spec, CLUSTER, Learner)
+    group.ready().result()
+    return group
+
+
+def actor_of(learner: LearnerGroup) -> Any:
+    return next(iter(learner.ranks.values()))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +79,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def learner(model_folder: str) -> Iterator[Any]:
-    with ray_cluster(ClusterConfig(num_workers=1, cpus_per_worker=0.5, cpus_for_learner=0.5)):
-        actor = make_actor(Learner, 0.5, 0.0)
-        yield actor.remote(LearnerSpec(model_folder, "float32", None, 0.0, 1, 1.0, 20, AlgoConfig()))
+def learner(model_folder: str) -> Iterator[LearnerGroup]:
+    with ray_cluster(CLUSTER):
+        yield make_learner(model_folder)
 
 
 @pytest.fixture
@@ -79,9 +97,9 @@ def samples(seed: int) -> list[TrainSample]:
     return [TrainSample(row[:2], row[2:], np.full(4, -2.0, np.float32), 1.0 - 2.0 * i) for i, row in enumerate(tokens)]
 
 
-def one_step(learner: Any, state: JobState) -> None:
+def one_step(learner: LearnerGroup, state: JobState) -> None:
     state.step += 1
-    ask(learner.update.remote(samples(state.step), state.step), "an update")
+    learner.update(samples(state.step), state.step).result()
     state.remember([HistoryRecord("p", state.step, state.step, np.arange(5, dtype=np.int32), 1.0, state.step)])
 
 
@@ -89,8 +107,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_tensors(folder / "policy" / "model.safetensors")
 
 
-def saver(run_dir: Path, learner: Any, **config: Any) -> CheckpointSaver:
-    return CheckpointSaver(CheckpointConfig(**config), run_dir, LearnerActor(learner), [], ask)
+def saver(run_dir: Path, learner: LearnerGroup, **config: Any) -> CheckpointSaver:
+    return CheckpointSaver(CheckpointConfig(**config), run_dir, learner, [], wait)
 
 
 def save_through(one: CheckpointSaver, state: JobState) -> None:
@@ -101,12 +119,12 @@ def save_through(one: CheckpointSaver, state: JobState) -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_what_is_written_is_the_state_at_the_end_of_the_step(
-    asynchronous: bool, learner: Any, state: JobState, tmp_path: Path
+    asynchronous: bool, learner: LearnerGroup, state: JobState, tmp_path: Path
 ) -> None:
     one = saver(tmp_path, learner, asynchronous=asynchronous)
     one_step(learner, state)
     first = state.step
-    expected, position = ask(learner.weights.remote(), "weights"), state.log.position
+    expected, position = ask(learner.weights(), "weights"), state.log.position
     one.save(state, {})
     assert (latest(tmp_path) is None) == asynchronous
     one_step(learner, state)
@@ -126,11 +144,11 @@ def test_what_is_written_is_the_state_at_the_end_of_the_step(
 
 
 def test_training_goes_on_while_one_is_written_and_the_next_one_waits(
-    learner: Any, state: JobState, tmp_path: Path
+    learner: LearnerGroup, state: JobState, tmp_path: Path
 ) -> None:
     one = saver(tmp_path, learner, keep_last=9, keep_best=1, best_metric="reward")
     gate = tmp_path / "gate"
-    ask(learner.hold.remote(str(gate)), "a gate")
+    ask(actor_of(learner).hold.remote(str(gate)), "a gate")
     one_step(learner, state)
     one.save(state, {"reward": 0.9})
     one.start()
@@ -154,11 +172,11 @@ def test_training_goes_on_while_one_is_written_and_the_next_one_waits(
 
 
 def test_a_job_that_ends_early_waits_for_a_while_and_says_what_it_gave_up(
-    learner: Any, state: JobState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    learner: LearnerGroup, state: JobState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = saver(tmp_path, learner)
     gate = tmp_path / "gate"
-    ask(learner.hold.remote(str(gate)), "a gate")
+    ask(actor_of(learner).hold.remote(str(gate)), "a gate")
     one_step(learner, state)
     one.save(state, {})
     one.start()
@@ -171,18 +189,18 @@ def test_a_job_that_ends_early_waits_for_a_while_and_says_what_it_gave_up(
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_is_one_line_at_the_next_step_and_the_earlier_one_stays(
-    asynchronous: bool, learner: Any, state: JobState, tmp_path: Path
+    asynchronous: bool, learner: LearnerGroup, state: JobState, tmp_path: Path
 ) -> None:
     one = saver(tmp_path, learner, asynchronous=asynchronous, keep_last=1)
     one_step(learner, state)
     save_through(one, state)
     one_step(learner, state)
-    ask(learner.limit_files.remote(10_000), "a limit")
+    ask(actor_of(learner).limit_files.remote(10_000), "a limit")
     try:
         with pytest.raises(CheckpointError) as caught:
             save_through(one, state)
     finally:
-        ask(learner.limit_files.remote(resource.RLIM_INFINITY), "a limit")
+        ask(actor_of(learner).limit_files.remote(resource.RLIM_INFINITY), "a limit")
     text = str(caught.value)
     assert "\n" not in text
     assert "step_000002 cannot be written" in text
@@ -193,7 +211,7 @@ def test_a_full_disk_is_one_line_at_the_next_step_and_the_earlier_one_stays(
 
 
 def test_a_metric_that_is_not_there_is_said_once(
-    learner: Any, state: JobState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    learner: LearnerGroup, state: JobState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = saver(tmp_path, learner, asynchronous=False, keep_best=1, best_metric="val/reward")
     for _ in range(2):
@@ -204,14 +222,13 @@ def test_a_metric_that_is_not_there_is_said_once(
 
 @pytest.mark.slow  # another process that imports torch
 def test_a_learner_that_dies_while_it_writes_is_named(
-    model_folder: str, learner: Any, state: JobState, tmp_path: Path
+    model_folder: str, learner: LearnerGroup, state: JobState, tmp_path: Path
 ) -> None:
-    actor = make_actor(Learner, 0.5, 0.0)
-    mortal = actor.remote(LearnerSpec(model_folder, "float32", None, 0.0, 1, 1.0, 20, AlgoConfig()))
+    mortal = make_learner(model_folder)
     one = saver(tmp_path, mortal)
     one_step(mortal, state)
     one.save(state, {})
-    ray.kill(mortal)
+    ray.kill(actor_of(mortal))
     one.start()
     with pytest.raises(Exception, match="policy learner"):
         one.finish(state)

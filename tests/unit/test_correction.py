@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.conf.schema import AlgoConfig
-from slipstream.trainer.batch import TrainSample, micro_batches
+from slipstream.conf.learning import AlgoConfig
+from slipstream.trainer.batch import TrainSample, pad
 from slipstream.trainer.config import load_settings
 from slipstream.trainer.correction import (
     Rejection,
@@ -103,7 +103,7 @@ def test_corrected_samples_reach_the_micro_batches() -> None:
     samples, metrics = correct_samples([s for s, _ in made], [logp for _, logp in made], algo)
     assert [s.num_tokens for s in samples] == [2, 2]
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(2 / 6)
-    batch = micro_batches(samples, 10_000)[0]
+    batch = pad(samples, [0, 1]).rows
     row = batch.order.index(0)
     assert batch.mask[row].tolist() == [False, True, False, True, False]
     assert batch.weights[row, 1:4].tolist() == pytest.approx([1.0, 2.0, 1.0])

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from slipstream.conf.schema import AlgoConfig, CorrectionConfig
+from slipstream.conf.learning import AlgoConfig, CorrectionConfig
 from slipstream.rollout.model_loader import load_policy
-from slipstream.trainer.batch import TrainSample, micro_batches, split_updates
+from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate
 from slipstream.trainer.weight_sync import export_weights, num_bytes
 from tests.tiny_models import tiny_model
@@ -43,37 +41,6 @@ def make_samples(seed: int, num: int = 6) -> list[TrainSample]:
         logp = torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
         out.append(TrainSample(prompt, response, logp.numpy(), float(rng.normal())))
     return out
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=20), st.integers(8, 200))
-def test_micro_batches_hold_every_sample_once(shapes: list[tuple[int, int]], max_tokens: int) -> None:
-    samples = [
-        TrainSample(np.full(p, 1, np.int32), np.full(r, 2 + i, np.int32), np.full(r, -float(i), np.float32), float(i))
-        for i, (p, r) in enumerate(shapes)
-    ]
-    seen = []
-    for batch in micro_batches(samples, max_tokens):
-        rows, width = batch.input_ids.shape
-        assert rows * width <= max_tokens or rows == 1
-        for row in range(rows):
-            targets = batch.targets[row][batch.mask[row]]
-            assert len(set(targets.tolist())) == 1
-            i = int(targets[0]) - 2
-            seen.append(i)
-            assert len(targets) == shapes[i][1]
-            assert batch.attention[row].sum() == sum(shapes[i])
-            assert set(batch.old_logp[row][batch.mask[row]]) == {-float(i)}
-            assert batch.advantages[row, 0] == i
-            first = shapes[i][0]
-            assert batch.mask[row].argmax() == first - 1
-            assert batch.input_ids[row, first] == targets[0]
-    assert sorted(seen) == list(range(len(shapes)))
-
-
-def test_updates_split_interleaved() -> None:
-    assert [part.tolist() for part in split_updates(5, 2)] == [[0, 2, 4], [1, 3]]
-    assert split_updates(1, 4)[0].tolist() == [0]
 
 
 def test_micro_batches_do_not_change_the_update(folder: str) -> None:
