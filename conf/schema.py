@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from slipstream.conf.algo import AlgoConfig, LearnerConfig
 from slipstream.conf.base import (
     FolderName,
     NonNegativeFloat,
@@ -20,6 +19,7 @@ from slipstream.conf.base import (
     PositiveInt,
     Strict,
 )
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 
 
 class RunConfig(Strict):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.conf.algo import AlgoConfig
+from slipstream.conf.learning import AlgoConfig
 from slipstream.trainer.batch import TrainSample
 
 Weights = Literal["off", "token", "sequence", "icepop"]

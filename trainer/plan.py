@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slipstream.conf.algo import AlgoConfig
+from slipstream.conf.learning import AlgoConfig
 from slipstream.conf.schema import ClusterConfig, DataConfig, Settings
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.errors import ConfigError

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from slipstream.conf.algo import AlgoConfig, LearnerConfig
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.rollout.model_loader import DTYPES, default_device, load_policy
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.trainer.batch import PackedBatch, PaddedBatch, TrainSample, pack, pad, sequence_lengths, split_updates
@@ -45,7 +45,7 @@ from slipstream.trainer.weight_sync import export_weights
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """What a learner is built from; algo and learner as in conf/algo.py, temperature and max_new_tokens as sampled.
+    """What a learner is built from; algo and learner as in conf/learning.py, temperature and max_new_tokens as sampled.
 
     call_timeout_s: how long a learner waits for the others in one exchange.
     """

@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 
-from slipstream.conf.algo import AlgoConfig, LearnerConfig
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.conf.schema import ClusterConfig
 from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.trainer.batch import TrainSample

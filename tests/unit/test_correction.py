@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.conf.algo import AlgoConfig
+from slipstream.conf.learning import AlgoConfig
 from slipstream.trainer.batch import TrainSample, pad
 from slipstream.trainer.config import load_settings
 from slipstream.trainer.correction import (

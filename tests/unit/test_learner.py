@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.conf.algo import AlgoConfig, CorrectionConfig
+from slipstream.conf.learning import AlgoConfig, CorrectionConfig
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from slipstream.conf.algo import AlgoConfig, LearnerConfig
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.checkpoint import load_tensors
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner

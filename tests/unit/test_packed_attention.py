@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.conf.algo import AlgoConfig, LearnerConfig
+from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.trainer.batch import TrainSample, pack, pad
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.packed_attention import batch_logprobs, probe_packing, use_packed_attention
