@@ -16,6 +16,7 @@ from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
 from slipstream.rollout.worker import WorkerSpec
+from slipstream.trainer import node_probe
 from slipstream.trainer.errors import ClusterError
 from slipstream.trainer.node_probe import auth_mode
 from slipstream.trainer.policy import LearnerSpec
@@ -114,6 +115,8 @@ def _check_authenticated(timeout_s: float) -> None:
 
     from slipstream.rollout.actors import wait_for
 
+    # By value: a node without this package shall still answer.
+    ray.cloudpickle.register_pickle_by_value(node_probe)
     remote: Any = ray.remote(num_cpus=0)(auth_mode)
     refs = {
         node["NodeManagerAddress"]: remote.options(
@@ -123,6 +126,7 @@ def _check_authenticated(timeout_s: float) -> None:
         if node["Alive"] and not is_loopback(node["NodeManagerAddress"])
     }
     modes = dict(zip(refs, wait_for(list(refs.values()), list(refs), "RAY_AUTH_MODE", timeout_s), strict=True))
+    ray.cloudpickle.unregister_pickle_by_value(node_probe)
     if without := {address: mode for address, mode in modes.items() if mode != "token"}:
         listed = ", ".join(f"{address} ({mode})" for address, mode in without.items())
         raise ClusterError(f"token authentication is off on {listed}: {_UNPROTECTED}")
