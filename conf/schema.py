@@ -271,11 +271,36 @@ class ClusterConfig(Strict):
 
     address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
     num_workers: PositiveInt = Field(2, description="Rollout workers.")
-    routing: Literal["sample", "group"] = Field(
+    routing: Literal["sample", "group", "prompt"] = Field(
         "sample",
-        description="sample: a group's samples share the workers; group: they stay together and share one prefill.",
+        description="sample: a group's samples share the workers; group: they stay together and share one prefill; "
+        "prompt: as group, and a prompt goes to the worker that served it before (where workers share no index).",
+    )
+    prompt_load_limit: float = Field(
+        1.25, gt=1, le=16, description="routing=prompt: a worker loaded above this multiple of the mean is passed over."
     )
     steal: bool = Field(True, description="A worker with free slots takes requests that others have queued.")
+    max_queued_per_worker: NonNegativeInt | None = Field(
+        None,
+        description="Requests that a worker holds beyond its slots; the others wait in the pool. null: as many as slots.",
+    )
+    max_worker_restarts: NonNegativeInt = Field(
+        3, description="Of each worker that dies or hangs, over the job; 0: the first death ends the job."
+    )
+    max_deaths_per_request: PositiveInt = Field(
+        3, description="A request that so many dying workers held is taken for the cause and ends the job."
+    )
+    worker_timeout_s: PositiveFloat = Field(
+        60.0, description="A worker that answers no ping for so long is hung; pings have a thread of their own."
+    )
+    worker_step_timeout_s: PositiveFloat = Field(
+        900.0, description="A worker in one single engine step for so long, compilation included, is hung."
+    )
+    placement: Literal["none", "pack", "spread", "strict_spread"] = Field(
+        "none",
+        description="none: Ray's choice; else all actors are reserved at once in a placement group, on few nodes (pack), "
+        "on many (spread), or on one each (strict_spread).",
+    )
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
     threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")

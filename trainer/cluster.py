@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
+from slipstream.rollout.roster import PoolLimits, worker_name
 from slipstream.rollout.worker import WorkerSpec
 from slipstream.trainer.errors import ClusterError
 from slipstream.trainer.policy import LearnerSpec
 
 CONNECT_TIMEOUT_S = 5.0
+LEARNER = "the policy learner"
 
 
 @contextmanager
@@ -90,6 +92,26 @@ def _check_resources(have: dict[str, float], cluster: ClusterConfig, cpus: float
                 f"the job asks for {needed:g} {name}s (cluster.num_workers={cluster.num_workers} and the learner), "
                 f"the Ray cluster has {have.get(name, 0.0):g}"
             )
+
+
+def bundles(cluster: ClusterConfig) -> dict[str, dict[str, float]]:
+    """The resources of every actor of the job by name: what cluster.placement reserves."""
+    learner = {"CPU": cluster.cpus_for_learner, "GPU": cluster.gpus_for_learner}
+    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return {LEARNER: learner} | {worker_name(i): worker for i in range(cluster.num_workers)}
+
+
+def pool_limits(cluster: ClusterConfig) -> PoolLimits:
+    """What the pool puts up with."""
+    return PoolLimits(
+        max_worker_restarts=cluster.max_worker_restarts,
+        worker_timeout_s=cluster.worker_timeout_s,
+        worker_step_timeout_s=cluster.worker_step_timeout_s,
+        start_timeout_s=cluster.start_timeout_s,
+        max_queued_per_worker=cluster.max_queued_per_worker,
+        max_deaths_per_request=cluster.max_deaths_per_request,
+        prompt_load_limit=cluster.prompt_load_limit,
+    )
 
 
 def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> WorkerSpec:

@@ -68,6 +68,7 @@ class TrainLoop:
         self._model_path = model_path
         self._step_seconds: list[float] = []
         self._pool: Any = None
+        self._placement: Any = None
         self._source: Any = None
         self._proof_steps = range(0) if settings.algo.streams else settings.proof.steps(settings.algo.num_steps)
 
@@ -76,9 +77,10 @@ class TrainLoop:
     def start(self, resumed_from: Path | None) -> None:
         """Starts the actors, waits for them together, restores a checkpoint."""
         from slipstream.rollout.actors import dump_stacks, make_actor, wait_for
+        from slipstream.rollout.placement import Placement
         from slipstream.rollout.pool import RolloutPool
         from slipstream.rollout.streaming_pool import StreamingPool
-        from slipstream.trainer.cluster import learner_spec, worker_spec
+        from slipstream.trainer.cluster import LEARNER, bundles, learner_spec, pool_limits, worker_spec
         from slipstream.trainer.policy import PolicyLearner
         from slipstream.trainer.rollout_source import SourceContext, SyncSource
         from slipstream.trainer.streaming_source import StreamingSource
@@ -89,6 +91,7 @@ class TrainLoop:
         spec = worker_spec(self.settings, self._model_path, longest)
         streams = self.settings.algo.streams
         pool_class = StreamingPool if streams else RolloutPool
+        self._placement = place = Placement(cluster.placement, bundles(cluster), deadline)
         self._pool = pool_class(
             spec,
             cluster.num_workers,
@@ -96,9 +99,12 @@ class TrainLoop:
             cluster.gpus_per_worker,
             cluster.routing,
             cluster.steal,
+            pool_limits(cluster),
+            place,
         )
         actor = make_actor(PolicyLearner, cluster.cpus_for_learner, cluster.gpus_for_learner)
-        self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
+        learner_args = learner_spec(self.settings, self._model_path)
+        self._learner: Any = actor.options(**place.options(LEARNER)).remote(learner_args)
         context = SourceContext(
             self.settings,
             self.prompts,
@@ -137,6 +143,8 @@ class TrainLoop:
         """Tidies up what the workers would leave behind."""
         if self._pool is not None:
             self._pool.close()
+        if self._placement is not None:
+            self._placement.remove()
 
     def _ask(self, ref: Any, what: str, timeout_s: float) -> Any:
         result = self._source.wait(ref, "the policy learner", what, timeout_s)
@@ -165,6 +173,7 @@ class TrainLoop:
             if self._startup_s is not None:
                 metrics["timing_s/startup"], self._startup_s = self._startup_s, None
             self._step_seconds.append(metrics["timing_s/step"])
+            metrics |= self._pool.metrics()
             self.tracker.log(metrics, self.state.step)
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
             print(format_progress(self.state.step, num_steps, metrics, left), flush=True)
