@@ -141,7 +141,8 @@ class Flight:
             self._ask(crew)
             out, self._aborted = self._aborted, []
             left_s = 0.0 if out else max(0.0, min(until - time.monotonic(), LOOK_EVERY_S))
-            refs = [*self._polls, *self._submits, *crew.refs, *other]
+            # Not for answers to submits, which say nothing: who failed to take requests answers no poll either.
+            refs = [*self._polls, *crew.refs, *other]
             if refs:
                 ray.wait(refs, num_returns=1, timeout=left_s)
             else:
@@ -244,9 +245,10 @@ class Flight:
             self._deaths[uid].append(worker.name)
         self.num_requeued += self.take_all(worker)
         worst = max(uids, key=lambda uid: len(self._deaths[uid]), default=-1)
-        if uids and len(self._deaths[worst]) >= self._max_deaths:
+        holders = self._deaths[worst] if uids else []
+        if len(holders) >= self._max_deaths:
             raise PoolError(
-                f"uid {worst} was held by {len(self._deaths[worst])} workers that died ({', '.join(self._deaths[worst])}), "
+                f"uid {worst} was held by {len(holders)} workers that died ({', '.join(holders)}), "
                 f"the last of them held {len(uids)} requests; cluster.max_deaths_per_request={self._max_deaths}"
             )
         return len(uids)

@@ -26,7 +26,9 @@ PlacementStrategy = Literal["none", "pack", "spread", "strict_spread"]
 class Placement:
     """A reservation by actor names. Bundles: resources of each, as {"CPU": 1.0, "GPU": 0.0}."""
 
-    def __init__(self, strategy: PlacementStrategy, bundles: Mapping[str, Mapping[str, float]], timeout_s: float) -> None:
+    def __init__(
+        self, strategy: PlacementStrategy, bundles: Mapping[str, Mapping[str, float]], timeout_s: float
+    ) -> None:
         """Raises PoolTimeout with what is missing when the cluster has no room within timeout_s."""
         self._names, self._group = list(bundles), None
         if strategy == "none":

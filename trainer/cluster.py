@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slipstream.conf.schema import ClusterConfig, Settings
+from slipstream.conf.cluster_config import ClusterConfig
+from slipstream.conf.schema import Settings
 from slipstream.rollout.roster import PoolLimits, worker_name
 from slipstream.rollout.worker import WorkerSpec
 from slipstream.trainer.errors import ClusterError

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slipstream.conf.schema import AlgoConfig, ClusterConfig, DataConfig, Settings
+from slipstream.conf.cluster_config import ClusterConfig
+from slipstream.conf.schema import AlgoConfig, DataConfig, Settings
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.model_shape import ModelShape, read_model_shape

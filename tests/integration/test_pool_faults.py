@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ import ray
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.rollout.model_loader import default_device, load_policy
+from slipstream.rollout.placement import Placement
 from slipstream.rollout.pool import RolloutPool
-from slipstream.rollout.roster import PoolLimits
+from slipstream.rollout.roster import PoolLimits, worker_name
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from slipstream.trainer.cluster import ray_cluster, worker_spec
@@ -27,6 +30,9 @@ from slipstream.trainer.config import load_settings, model_folder
 from slipstream.trainer.data.prompts import load_prompts
 from slipstream.trainer.data.tokenizer import load_tokenizer
 from slipstream.trainer.weight_sync import export_weights
+from tests.integration.test_async_job import ASYNC, children, counts_add_up, trained_groups
+from tests.integration.test_job import SMALL, command, drafter_log, jsonl, run
+from tests.integration.test_job import tokens as tokens_of_job
 
 DEADLINE_S = 120.0
 SETTINGS = load_settings(["experiment=quickstart_short", "engine.max_live_requests=4", "cluster.num_workers=3"])
@@ -43,8 +49,11 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def pool_of(kind: type[RolloutPool], num_workers: int = 2, **limits: Any) -> Iterator[RolloutPool]:
-    pool = kind(worker_spec(SETTINGS, str(FOLDER), 100), num_workers, 1.0, 0.0, limits=PoolLimits(**limits))
+def pool_of(
+    kind: type[RolloutPool], num_workers: int = 2, placement: Placement | None = None, **limits: Any
+) -> Iterator[RolloutPool]:
+    spec = worker_spec(SETTINGS, str(FOLDER), 100)
+    pool = kind(spec, num_workers, 1.0, 0.0, limits=PoolLimits(**limits), placement=placement)
     try:
         pool.ready(DEADLINE_S)
         yield pool
@@ -60,7 +69,13 @@ def requests() -> list[Request]:
     prompts = load_prompts(SETTINGS.data, load_tokenizer(FOLDER), SETTINGS.run.seed).train
     sampling = Sampling(NUM_TOKENS, temperature=1.3, seed=5)
     return [
-        Request(request_uid(5, 1, i % NUM_PROMPTS, i), f"{i % NUM_PROMPTS}", i % NUM_PROMPTS, prompts[i % 4].tokens, sampling)
+        Request(
+            request_uid(5, 1, i % NUM_PROMPTS, i),
+            f"{i % NUM_PROMPTS}",
+            i % NUM_PROMPTS,
+            prompts[i % 4].tokens,
+            sampling,
+        )
         for i in range(NUM_REQUESTS)
     ]
 
@@ -325,3 +340,83 @@ def test_a_builder_that_dies_has_a_successor(cluster: None, requests: list[Reque
         assert tokens(drafted) == tokens(expected)
         assert sum(r.spec.by_source.get("history", 0) for r in drafted) > NUM_REQUESTS * 20
         assert len(list(Path(folders[0]).glob("*.index"))) == NUM_PROMPTS
+
+
+def job_with_faults(folder: Path, name: str, *overrides: str, faults: dict[int, signal.Signals]) -> Path:
+    """A whole job; after the steps named, one of its workers gets a signal."""
+    job = subprocess.Popen(
+        command("train", *overrides, f"run.name={name}", "cluster.worker_timeout_s=4"),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        step = re.match(r"step +(\d+)/", line)
+        if step and int(step[1]) in faults:
+            workers = children(job.pid, "ray::StreamingWorker")
+            os.kill(workers[int(step[1]) % len(workers)], faults[int(step[1])])
+    assert job.stderr is not None
+    assert job.wait(DEADLINE_S) == 0, job.stderr.read()
+    return folder / "runs" / name
+
+
+@pytest.mark.slow
+def test_a_job_with_faults_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """Synchronous: the same tokens, rewards, losses and memory, with three workers lost on the way."""
+    steps = [*SMALL, "algo.num_steps=8", "checkpoint.every_steps=4"]
+    run(tmp_path, "train", *steps, "run.name=plain")
+    faults = {1: signal.SIGKILL, 3: signal.SIGSTOP, 5: signal.SIGKILL}
+    disturbed = job_with_faults(tmp_path, "disturbed", *steps, faults=faults)
+    plain = tmp_path / "runs" / "plain"
+    assert tokens_of_job(disturbed) == tokens_of_job(plain)
+    assert drafter_log(disturbed) == drafter_log(plain)
+    expected, metrics = jsonl(plain / "metrics.jsonl"), jsonl(disturbed / "metrics.jsonl")
+    same = ("critic/rewards/mean", "actor/pg_loss", "actor/grad_norm", "response_length/mean")
+    assert [[record[key] for key in same] for record in metrics] == [
+        [record[key] for key in same] for record in expected
+    ]
+    last = metrics[-1]
+    assert (last["pool/deaths"], last["pool/hung_workers"]) == (3, 1)
+    assert last["pool/restarts"] == 3
+    assert all(record["pool/requeued_requests"] >= 0 for record in metrics)
+    assert expected[-1]["pool/deaths"] == 0
+
+
+@pytest.mark.slow
+def test_an_asynchronous_job_with_faults_trains_every_group_once(tmp_path: Path) -> None:
+    faults = {1: signal.SIGKILL, 3: signal.SIGSTOP}
+    run_dir = job_with_faults(tmp_path, "disturbed", *ASYNC, "algo.num_steps=8", faults=faults)
+    metrics = jsonl(run_dir / "metrics.jsonl")
+    assert trained_groups(run_dir) == list(range(32))
+    counts_add_up(metrics)
+    assert metrics[-1]["pool/deaths"] == 2
+    assert max(record["training/off_policy/trajectory_staleness_worst/max"] for record in metrics) <= 2
+
+
+@pytest.mark.slow
+def test_actors_keep_their_bundles_and_a_group_that_does_not_fit_says_why(
+    cluster: None, requests: list[Request]
+) -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    with pytest.raises(PoolTimeout, match=f"cluster.placement=pack: no room for 1 actors .* need {cpus + 1:g} CPUs"):
+        Placement("pack", {"the policy learner": {"CPU": cpus + 1}}, 1.0)
+    bundle = {"CPU": 1.0, "GPU": 0.0}
+    place = Placement("pack", {worker_name(i): bundle for i in range(2)}, DEADLINE_S)
+    with pool_of(RolloutPool, placement=place) as pool:
+        expected = tokens(pool.generate(requests, {}, DEADLINE_S).rollouts)
+        with once(busy(pool, "rollout worker 1"), send(pool, "rollout worker 1", signal.SIGKILL)):
+            assert tokens(pool.generate(requests, {}, DEADLINE_S).rollouts) == expected
+        wait_until_all_serve(pool)
+        # Beside the reserved ones nobody runs: both the first and the second incarnation have their bundle.
+        assert pool.metrics()["pool/restarts"] == 1
+        until = time.monotonic() + 30.0
+        while ray.available_resources()["CPU"] != cpus - 2:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    place.remove()
+    until = time.monotonic() + 30.0
+    while ray.available_resources().get("CPU") != cpus:
+        assert time.monotonic() < until
+        time.sleep(0.2)
