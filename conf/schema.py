@@ -1,8 +1,8 @@
 """The strict schema of a job and the one place of its defaults.
 
 Invariants: no torch, no ray, no file is opened here (paths are checked by trainer.config once the command
-knows it will run); every key is listed here or the job is refused (`extra="forbid"`); units are in the
-names. The only free-form place is `engine.extra_args`.
+knows it will run); every key is listed here, or in conf/cluster_config.py, or the job is refused (`extra="forbid"`);
+units are in the names. The only free-form place is `engine.extra_args`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from slipstream.conf.base import (
     PositiveInt,
     Strict,
 )
+from slipstream.conf.cluster_config import ClusterConfig
 from slipstream.conf.learning import AlgoConfig, LearnerConfig
 
 
@@ -160,53 +161,6 @@ class BudgetConfig(Strict):
         3, description="price: continuations of a draft token that may be verified side by side; 1: chains only."
     )
     guard: bool = Field(True, description="Measure the gain with some steps held out; drafting that loses stops.")
-
-
-class ClusterConfig(Strict):
-    """Ray: a local one of our own, or an existing one by address."""
-
-    address: str | None = Field(None, description="null starts a local Ray; `auto` or host:port joins a running one.")
-    allow_unauthenticated: bool = Field(
-        False, description="Join a Ray that other machines reach although it asks for no token."
-    )
-    num_workers: PositiveInt = Field(2, description="Rollout workers.")
-    routing: Literal["sample", "group"] = Field(
-        "sample",
-        description="sample: a group's samples share the workers; group: they stay together and share one prefill.",
-    )
-    steal: bool = Field(True, description="A worker with free slots takes requests that others have queued.")
-    cpus_per_worker: PositiveFloat = 1.0
-    gpus_per_worker: NonNegativeFloat = 0.0
-    threads_per_worker: PositiveInt = Field(1, description="torch threads of a rollout worker.")
-    num_learners: PositiveInt = Field(1, description="Learners that share one policy's weights and each update's work.")
-    cpus_for_learner: PositiveFloat = Field(1.0, description="Of each learner.")
-    gpus_for_learner: NonNegativeFloat = Field(0.0, description="Of each learner; a fraction only with one learner.")
-    threads_for_learner: PositiveInt = Field(2, description="torch threads of each learner.")
-    start_timeout_s: PositiveFloat = Field(120.0, description="Deadline for Ray and all actors to be ready.")
-    rollout_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for the rollouts of one step.")
-    update_timeout_s: PositiveFloat = Field(1800.0, description="Deadline for one policy update.")
-    dashboard: bool = False
-    dashboard_port: int = Field(8265, ge=1024, le=65535)
-
-    @property
-    def num_cpus(self) -> float:
-        """CPUs that all actors together reserve."""
-        return self.num_workers * self.cpus_per_worker + self.num_learners * self.cpus_for_learner
-
-    @property
-    def num_gpus(self) -> float:
-        """GPUs that all actors together reserve."""
-        return self.num_workers * self.gpus_per_worker + self.num_learners * self.gpus_for_learner
-
-    @model_validator(mode="after")
-    def _learners(self) -> ClusterConfig:
-        # NCCL refuses two ranks on one GPU.
-        if self.num_learners > 1 and self.gpus_for_learner % 1:
-            raise ValueError(
-                f"cluster.gpus_for_learner={self.gpus_for_learner} with cluster.num_learners={self.num_learners}; "
-                "allowed: a whole number, because learners cannot share a GPU"
-            )
-        return self
 
 
 class TrackingConfig(Strict):

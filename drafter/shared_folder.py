@@ -4,7 +4,8 @@ Invariants
 - A file is named after what it was built from (prompt and newest visit), so an old one is never taken for a new one;
   the index puts it in place whole, by one rename.
 - A promise (an empty file beside it) is there before the builder's publish returns: a reader that finds neither file
-  nor promise builds for itself at once, one that finds a promise waits for it, at most `timeout_s`.
+  nor promise builds for itself at once, one that finds a promise waits for it, at most `timeout_s` and as long as the
+  builder lives.
 - The folder lies in memory (/dev/shm), belongs to one process, which makes it for itself alone and holds its lock, and
   goes with it.
 """
@@ -110,11 +111,21 @@ class SharedFolder:
         while not file.exists():
             if not _promise_of(file).exists():
                 return False
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not self._has_builder():
                 self.timeout_s = 0.0
                 return False
             time.sleep(POLL_S)
         return True
+
+    def _has_builder(self) -> bool:
+        """Whether a process still holds the folder's lock, which its maker holds for life."""
+        try:
+            lock = _lock(self.path)
+        except OSError:
+            return False
+        if lock is not None:
+            os.close(lock)
+        return lock is None
 
     def newest_text(self) -> Path | None:
         """Reader: the newest shared text that is complete."""

@@ -112,10 +112,13 @@ class NativeSuffixIndexes:
         self._prompts[self._prompt_of.pop(uid)].num_open -= 1
 
     def share(self, folder: SharedFolder) -> None:
-        """See SuffixDrafter.share. Raises ValueError when requests were opened already."""
-        if self._prompts:
+        """See SuffixDrafter.share. Raises ValueError where an index that nobody shares has prompts already, and for a
+        builder, whose files others count on."""
+        if self.folder is None and self._prompts:
             raise ValueError("an index is shared before its first request, not after")
-        self.folder = folder
+        if self.folder is not None and self.folder.role == "builder":
+            raise ValueError("a builder of shared indexes stays one")
+        self.folder, self._text = folder, None
 
     def calibrate(self, probabilities: np.ndarray) -> None:
         """From now on a cell's probability is what was measured of it."""

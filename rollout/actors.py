@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from slipstream.rollout.engine import EngineError
 
@@ -28,6 +37,40 @@ class PoolTimeout(PoolError):
     """A deadline passed."""
 
 
+class ActorLost(Exception):
+    """An actor's process or machine is gone, or what it returned; the message is Ray's reason in one line."""
+
+
+LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+"""How Ray says that an actor, or the result of its call, is gone."""
+
+
+FETCH_TIMEOUT_S = 120.0
+"""For a result that is there already and has at most to be copied from the store."""
+
+
+def fetch(ref: Any, name: str, what: str) -> Any:
+    """The result of a call that has ended. ActorLost when the actor is gone; PoolError when the call itself failed,
+    which it would do again."""
+    try:
+        return ray.get(ref, timeout=FETCH_TIMEOUT_S)
+    except RayTaskError as error:
+        # First: where a call failed because another actor died, Ray's error is a RayActorError as well.
+        raise _failure(error, name, what) from error
+    except LOST as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise PoolError(f"{what}: {name} cannot start: {reason[-300:]}") from error
+        raise ActorLost(reason[:300]) from error
+    except RayError as error:
+        raise PoolError(f"{what}: {name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _failure(error: RayTaskError, name: str, what: str) -> PoolError:
+    cause = error.cause if isinstance(error.cause, Exception) else error
+    return PoolError(f"{what}: {name}: {type(cause).__name__}: {cause}")
+
+
 def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: float) -> list[Any]:
     """ray.get with a deadline; PoolError or PoolTimeout names the actors that did not deliver."""
     try:
@@ -36,12 +79,11 @@ def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: fl
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
         late = [name for ref, name in zip(refs, names, strict=True) if ref not in done]
         raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {', '.join(late)}") from None
-    except RayActorError as error:
+    except RayTaskError as error:
+        raise _failure(error, _failed(refs, names), what) from error
+    except RayError as error:
         reason = " ".join(str(error).split())[:300]
         raise PoolError(f"{what}: an actor died ({_failed(refs, names)}): {reason}") from error
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        raise PoolError(f"{what}: {_failed(refs, names)}: {type(cause).__name__}: {cause}") from error
 
 
 def _failed(refs: Sequence[Any], names: Sequence[str]) -> str:
@@ -58,7 +100,9 @@ def _failed(refs: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def make_actor(cls: type, num_cpus: float, num_gpus: float, max_concurrency: int = 1) -> Any:
-    """A Ray actor class whose instances answer calls of WATCH_GROUP and SAVE_GROUP whatever else they do."""
+    """A Ray actor class whose instances answer calls of WATCH_GROUP and SAVE_GROUP whatever else they do.
+
+    Ray starts none of them again: a new process would know nothing of what its caller told the old one."""
     # Any: ray's types know neither concurrency groups nor the methods that exist at run time only.
     remote: Any = ray.remote
     groups = {WATCH_GROUP: 1, SAVE_GROUP: 1}

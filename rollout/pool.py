@@ -1,9 +1,10 @@
-"""The pool of rollout workers: Ray actors, routing, deadlines.
+"""The pool of rollout workers: Ray actors, routing, deadlines; workers die, join and leave, the batch goes on.
 
 Invariants
-- Every request handed to `generate` comes back exactly once, or PoolError says which worker failed.
-- Requests are dealt longest predicted first to the least loaded worker, and a worker that runs out of them takes what
-  others have queued; where they run changes no token.
+- Every request handed to `generate` comes back exactly once, or PoolError says why not. Its tokens depend on neither
+  how many workers there are nor which of them died on the way.
+- A batch starts longest predicted first; a worker that runs out of requests takes what waits, then what others have
+  queued.
 - Every wait has a deadline, and the error names who was waited for.
 """
 
@@ -11,30 +12,35 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from slipstream.drafter.base import HistoryRecord
-from slipstream.rollout.actors import PoolError, PoolTimeout, dump_stacks, make_actor, wait_for
+from slipstream.rollout.actors import PoolError, PoolTimeout, dump_stacks, make_actor
+from slipstream.rollout.briefing import Briefing
+from slipstream.rollout.crew import LOOK_EVERY_S, Crew
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.flight import CALL_TIMEOUT_S, Flight
 from slipstream.rollout.learned import Learned, Observed
+from slipstream.rollout.placement import Placement
+from slipstream.rollout.roster import PoolLimits
+from slipstream.rollout.routing import Routing
 from slipstream.rollout.streaming_worker import StreamingWorker, WorkerReport
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.worker import GenerateResult, WorkerSpec
+from slipstream.rollout.worker import WorkerSpec
 
-Routing = Literal["sample", "group"]
+MAX_CONCURRENCY = 8
+"""Threads of an actor: one each for a poll, a call that waits for a step, and a few that were given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolResult:
-    """Rollouts in the order of the requests; of each worker, the engine's totals, its busy seconds and what it
-    observed. num_stolen: requests that an idle worker took from a loaded one."""
+    """Rollouts in the order of the requests; of each worker that still serves, the engine's totals, its busy seconds
+    and what it observed. num_stolen: requests that an idle worker took from a loaded one."""
 
     rollouts: list[Rollout]
     stats: list[EngineStats]
@@ -43,39 +49,11 @@ class PoolResult:
     num_stolen: int = 0
 
 
-def assign_requests(
-    requests: Sequence[Request], predicted: Mapping[str, float], num_workers: int, routing: Routing
-) -> list[list[Request]]:
-    """Deals requests to workers: longest predicted first, each to the worker with the least predicted tokens.
-
-    routing: `sample` deals single requests, so that a long prompt's samples share the workers evenly; `group` keeps a
-    group together, so that its prompt is prefilled once and all its siblings draft from each other. predicted: expected
-    response tokens per prompt_id; unknown prompts count as the mean of the known ones. Pure and deterministic.
-    """
-    units: dict[int, list[Request]] = defaultdict(list)
-    for i, request in enumerate(requests):
-        units[request.group if routing == "group" else i].append(request)
-    fallback = sum(predicted.values()) / len(predicted) if predicted else 1.0
-    ranked = sorted(units.values(), key=lambda unit: -predicted.get(unit[0].prompt_id, fallback))
-    dealt: list[list[Request]] = [[] for _ in range(num_workers)]
-    load = [0.0] * num_workers
-    for unit in ranked:
-        worker = min(range(num_workers), key=load.__getitem__)
-        dealt[worker] += unit
-        load[worker] += predicted.get(unit[0].prompt_id, fallback) * len(unit)
-    return dealt
-
-
 class RolloutPool:
-    """`num_workers` Ray actors with the same spec.
+    """`num_workers` Ray actors with the same spec, more or fewer while it runs.
 
-    The actors are streaming workers, although all requests of a `generate` are known at once: such a worker can be
-    spoken to between two engine steps, which is what moving queued requests needs. A batch in which nobody has to
-    queue is one call per worker.
+    placement: where they run, by their names; None leaves it to Ray. routing, steal: see Flight.
     """
-
-    max_concurrency = 8
-    """Threads of an actor: one each for a poll, a call that waits for a step, and a few that were given up."""
 
     def __init__(
         self,
@@ -85,46 +63,71 @@ class RolloutPool:
         num_gpus: float,
         routing: Routing = "sample",
         steal: bool = True,
+        limits: PoolLimits | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        self._routing = routing
-        self._num_slots, self._steal = spec.max_live_requests, steal and num_workers > 1
-        actor = make_actor(StreamingWorker, num_cpus, num_gpus, self.max_concurrency)
-        self._workers: list[Any] = [actor.remote(spec) for _ in range(num_workers)]
-        self._names = [f"rollout worker {i}" for i in range(num_workers)]
-        self._flight = Flight(self._workers, self._names, self._num_slots, self._steal)
+        limits, actor = limits or PoolLimits(), make_actor(StreamingWorker, num_cpus, num_gpus, MAX_CONCURRENCY)
+
+        def make(name: str) -> Any:
+            return actor.options(**(placement.options(name) if placement else {})).remote(spec)
+
+        self._flight = Flight(spec.max_live_requests, routing, steal, limits)
+        self._crew = Crew(make, num_workers, limits, Briefing(spec.window_epochs), self._flight.requeue)
+
+    # ---- start and end
 
     def ready(self, timeout_s: float) -> list[dict[str, Any]]:
         """Waits until every worker has loaded its model; what each reports about itself."""
-        return wait_for([w.ready.remote() for w in self._workers], self._names, "start", timeout_s)
+        self._crew.settle("start", timeout_s)
+        return [worker.facts for worker in self._crew.roster]
 
     def share_indexes(self, timeout_s: float) -> int:
         """On every node with several workers, one builds the drafter's index and the others map it: before the first
         request. Returns how many workers map."""
-        node_of = wait_for([w.node_id.remote() for w in self._workers], self._names, "sharing the index", timeout_s)
-        num_readers = 0
-        for node in dict.fromkeys(node_of):
-            builder, *readers = [i for i, other in enumerate(node_of) if other == node]
-            if not readers:
-                continue
-            opened = self._workers[builder].open_shared_folder.remote()
-            path = wait_for([opened], [self._names[builder]], "sharing the index", timeout_s)[0]
-            if path is None:
-                continue
-            refs = [self._workers[i].join_shared_folder.remote(path) for i in readers]
-            wait_for(refs, [self._names[i] for i in readers], "sharing the index", timeout_s)
-            num_readers += len(readers)
-        return num_readers
+        return self._crew.share_indexes(timeout_s)
 
     def dump_stacks(self, timeout_s: float) -> dict[str, str]:
         """The stacks of all threads of every worker, by name; who does not answer in time is said so."""
-        return dump_stacks(dict(zip(self._names, self._workers, strict=True)), timeout_s)
+        return dump_stacks({worker.name: worker.handle for worker in self._crew.roster}, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Lets the workers remove what they put into shared memory; one that does not answer in time is left alone."""
         # Tidying up must not hide why the job ends.
         with contextlib.suppress(RayError):
-            refs = [worker.close.remote() for worker in self._workers]
+            refs = [worker.handle.close.remote() for worker in self._crew.roster]
             ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+
+    # ---- joining and leaving
+
+    @property
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Every worker by name: its state and what it reported about itself (pid and node among it)."""
+        return {worker.name: {"state": worker.state, **worker.facts} for worker in self._crew.roster}
+
+    def add_worker(self) -> str:
+        """A worker more, which serves as soon as Ray has room for it and it knows what the others know; its name."""
+        return self._crew.add().name
+
+    def remove_worker(self, name: str, drain: bool = True) -> None:
+        """Takes a worker out. drain: what it has started it finishes, and it goes after its next report; otherwise it
+        goes at once, and others start that anew. What it had queued goes to others. PoolError for an unknown name, and
+        for the last worker."""
+        roster = self._crew.roster
+        worker = roster.named(name)
+        if all(other is worker or other.state == "leaving" for other in roster):
+            raise PoolError(f"{name} is the last worker: the pool needs one")
+        if drain and worker.state in ("serving", "leaving"):
+            worker.state = "leaving"
+            self._flight.take_back(self._crew, worker)
+            return
+        self._flight.take_all(worker)
+        self._crew.dismiss(worker)
+
+    def metrics(self) -> dict[str, float]:
+        """Totals since the pool's start under pool/, and who serves now."""
+        return self._crew.roster.metrics() | {"pool/requeued_requests": float(self._flight.num_requeued)}
+
+    # ---- work
 
     def generate(
         self,
@@ -133,65 +136,56 @@ class RolloutPool:
         timeout_s: float,
         speculate: bool = True,
     ) -> PoolResult:
-        """Runs the requests to their end on all workers."""
-        dealt = assign_requests(requests, predicted, len(self._workers), self._routing)
-        moving = self._steal and max(map(len, dealt)) > self._num_slots
-        run = self._run_moving if moving else self._run_apart
-        rollouts, result = run(dealt, timeout_s, speculate)
-        by_uid = {rollout.request.uid: rollout for rollout in rollouts}
-        lost = [request.uid for request in requests if request.uid not in by_uid]
-        if lost:
-            raise PoolError(f"rollouts: {len(lost)} of {len(requests)} requests did not come back, first uid {lost[0]}")
-        result.rollouts.extend(by_uid[request.uid] for request in requests)
-        return result
-
-    def _run_apart(
-        self, dealt: list[list[Request]], timeout_s: float, speculate: bool
-    ) -> tuple[list[Rollout], PoolResult]:
-        """Every worker its own share. The rollouts, and a result without them."""
-        refs = [
-            worker.generate.remote(share, speculate, timeout_s)
-            for worker, share in zip(self._workers, dealt, strict=True)
-        ]
-        results: list[GenerateResult] = wait_for(refs, self._names, "rollouts", timeout_s)
-        rollouts = [rollout for result in results for rollout in result.rollouts]
-        stats, seconds = [result.stats for result in results], [result.seconds for result in results]
-        return rollouts, PoolResult([], stats, seconds, [result.observed for result in results])
-
-    def _run_moving(
-        self, dealt: list[list[Request]], timeout_s: float, speculate: bool
-    ) -> tuple[list[Rollout], PoolResult]:
-        """Somebody has to queue: whoever runs out of requests gets queued ones. Answers as _run_apart."""
+        """Runs the requests to their end on all workers. speculate=False replays without drafting and learning."""
         deadline = time.monotonic() + timeout_s
-        refs = [worker.begin.remote(speculate, CALL_TIMEOUT_S) for worker in self._workers]
-        wait_for(refs, self._names, "beginning a batch", CALL_TIMEOUT_S)
-        for i, share in enumerate(dealt):
-            for request in share:
-                self._flight.assign(i, request.uid, 1.0)
-        self._flight.submit(dict(enumerate(dealt)))
-        rollouts: list[Rollout] = []
-        while any(self._flight.num_held):
-            left = deadline - time.monotonic()
-            if left <= 0.0:
-                late = [name for name, held in zip(self._names, self._flight.num_held, strict=True) if held]
-                raise PoolTimeout(f"rollouts: waited {timeout_s:g} s for {', '.join(late)}")
-            rollouts += self._flight.poll(left)
+        self._flight.submit(requests, predicted, speculate, whole=True)
+        by_uid: dict[int, Rollout] = {}
+        while self._flight.num_open:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0.0:
+                raise PoolTimeout(f"rollouts: waited {timeout_s:g} s for {self._who_holds()}")
+            by_uid |= {rollout.request.uid: rollout for rollout in self._flight.poll(self._crew, left_s)}
         reports = self._report()
-        busy_s, observed = [one.busy_s for one in reports], [one.observed for one in reports]
+        rollouts = [by_uid[request.uid] for request in requests]
+        stats, busy_s = [one.stats for one in reports], [one.busy_s for one in reports]
         stolen = self._flight.take_num_stolen()
-        return rollouts, PoolResult([], [one.stats for one in reports], busy_s, observed, stolen)
+        return PoolResult(rollouts, stats, busy_s, [one.observed for one in reports], stolen)
+
+    def _who_holds(self) -> str:
+        held = [f"{worker.name} ({n} requests)" for worker in self._crew.roster if (n := self._flight.num_held(worker))]
+        waiting = self._flight.num_waiting
+        return ", ".join([*held, f"{waiting} requests that no worker has taken"] if waiting else held)
 
     def _report(self) -> list[WorkerReport]:
-        """What every worker did since it last told, or began a batch."""
-        refs = [worker.report.remote(CALL_TIMEOUT_S) for worker in self._workers]
-        return wait_for(refs, self._names, "reports", CALL_TIMEOUT_S)
+        """What every worker did since it last told; who was leaving and is done goes."""
+        refs = {worker: worker.handle.report.remote(CALL_TIMEOUT_S) for worker in self._crew.roster.holding()}
+        reports: dict[Any, WorkerReport] = self._crew.gather(refs, "reports", CALL_TIMEOUT_S)
+        for worker, report in reports.items():
+            worker.guard = report.observed.guard
+            if worker.state == "leaving" and not self._flight.num_held(worker):
+                self._crew.dismiss(worker)
+        return list(reports.values())
+
+    def wait_beside(self, refs: Sequence[Any], wait_s: float) -> bool:
+        """Waits up to wait_s for the first of other actors' objects, and looks after the workers meanwhile; whether one
+        is there."""
+        until = time.monotonic() + wait_s
+        while True:
+            left_s = max(0.0, min(until - time.monotonic(), LOOK_EVERY_S))
+            if ray.wait(list(refs), timeout=left_s)[0]:
+                return True
+            self._crew.tick()
+            if time.monotonic() >= until:
+                return False
+
+    # ---- news
 
     def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
-        """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
-        refs = [worker.update_policy.remote(weights, version) for worker in self._workers]
-        served = wait_for(refs, self._names, f"weights of version {version}", timeout_s)
-        if set(served) != {version}:
-            raise PoolError(f"weights: workers serve versions {served}, expected {version}")
+        """weights: what a worker's update_policy takes, a Ray object reference to it or a handle that Ray can send
+        again to a worker that comes later. Every worker serves `version` after."""
+        self._crew.briefing.policy(weights, version)
+        refs = {w: w.handle.update_policy.remote(weights, version) for w in self._crew.roster.holding()}
+        self._crew.update_policy(refs, version, f"weights of version {version}", timeout_s)
 
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.
@@ -199,10 +193,14 @@ class RolloutPool:
         learned: what all workers together have observed; with lengths and guards after a resume, None to leave it as
         it is. With another number of workers than before, the guards are dealt in turns.
         """
+        roster, briefing = self._crew.roster, self._crew.briefing
+        if not any(worker.known for worker in roster.starting()):
+            briefing.everybody_knows()
+        briefing.publish(step, records, learned)
         shared, observed = ray.put(records), ray.put(learned)
         guards = learned.guards if learned is not None and learned.guards else [None]
-        refs = [
-            worker.publish.remote(step, shared, observed, guards[i % len(guards)])
-            for i, worker in enumerate(self._workers)
-        ]
-        wait_for(refs, self._names, f"history of step {step}", timeout_s)
+        refs = {
+            worker: worker.handle.publish.remote(step, shared, observed, guards[i % len(guards)])
+            for i, worker in enumerate(roster.holding())
+        }
+        self._crew.gather(refs, f"history of step {step}", timeout_s)

@@ -45,6 +45,8 @@ class EngineStepper:
         self._failure: BaseException | None = None
         self._closed = False
         self.busy_s = 0.0
+        self.num_steps = 0
+        self._step_began_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine stepper", daemon=True)
         self._thread.start()
 
@@ -59,10 +61,10 @@ class EngineStepper:
         wanted = list(uids)
         self.call(lambda: self._deliver(self._engine.abort(wanted)), f"aborting {len(wanted)} requests", timeout_s)
 
-    def poll(self, wait_s: float) -> list[Rollout]:
-        """What finished since the last call; waits up to `wait_s` for the first."""
+    def poll(self, wait_s: float, at_least: int = 1) -> list[Rollout]:
+        """What finished since the last call; waits up to `wait_s` for `at_least` rollouts."""
         with self._changed:
-            self._changed.wait_for(lambda: self._outbox or self._failure or self._closed, wait_s)
+            self._changed.wait_for(lambda: len(self._outbox) >= at_least or self._failure or self._closed, wait_s)
             out, self._outbox = self._outbox, []
             if not out:
                 self._raise_failure()
@@ -109,6 +111,12 @@ class EngineStepper:
             self._closed = True
             self._changed.notify_all()
 
+    @property
+    def step_s(self) -> float:
+        """Seconds that the present engine step has taken so far; 0 between steps."""
+        began_at = self._step_began_at
+        return 0.0 if began_at is None else time.perf_counter() - began_at
+
     def _result(self, future: Future[R], what: str, timeout_s: float) -> R:
         try:
             return future.result(timeout_s)
@@ -131,9 +139,11 @@ class EngineStepper:
                 self._run_calls()
                 self._swap_when_drained()
                 if self._engine.num_live or (self._engine.num_unfinished and self._engine.admitting):
-                    started = time.perf_counter()
+                    self._step_began_at = started = time.perf_counter()
                     done = self._engine.step()
+                    self._step_began_at = None
                     self.busy_s += time.perf_counter() - started
+                    self.num_steps += 1
                     self._deliver(done)
                 else:
                     with self._changed:

@@ -1,19 +1,19 @@
 """The pool of an asynchronous job: requests go in and rollouts come out at any time.
 
 Invariants
-- Every request comes back from `poll` exactly once, aborted ones too, or PoolError says which worker failed.
+- Every request comes back from `poll` exactly once, aborted ones too, or PoolError says why not.
 - Requests go to the worker with the least predicted work in flight, and from its queue to a worker that runs out of
   work; where they run changes no token.
+- What a worker that died had begun starts again from its prompt, under the weights that are served then: the versions
+  of its tokens say so.
 - Every wait has a deadline, and the error names who was waited for.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slipstream.rollout.actors import PoolError, wait_for
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.stepper import InFlight
 from slipstream.rollout.streaming_worker import WorkerReport
@@ -21,45 +21,39 @@ from slipstream.rollout.types import Request, Rollout
 
 
 class StreamingPool(RolloutPool):
-    """`num_workers` streaming workers, and the requests that each of them holds."""
+    """Workers, the requests that each of them holds, and those that wait."""
 
     @property
-    def num_in_flight(self) -> list[int]:
-        """Requests that each worker holds."""
-        return self._flight.num_held
+    def num_in_flight(self) -> dict[str, int]:
+        """Requests that each worker holds, by name, and those that wait in the pool."""
+        held = {worker.name: self._flight.num_held(worker) for worker in self._crew.roster}
+        return held | {"waiting": self._flight.num_waiting}
 
     def take_num_stolen(self) -> int:
         """How many requests an idle worker took from a loaded one since the last call."""
         return self._flight.take_num_stolen()
 
     def submit(self, requests: Sequence[Request], predicted: Mapping[str, float]) -> None:
-        """Hands requests out. predicted: expected response tokens per prompt_id."""
-        fallback = sum(predicted.values()) / len(predicted) if predicted else 1.0
-        units: dict[int, list[Request]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            units[request.group if self._routing == "group" else i].append(request)
-        shares: dict[int, list[Request]] = defaultdict(list)
-        for unit in units.values():
-            worker = self._flight.least_loaded()
-            for request in unit:
-                self._flight.assign(worker, request.uid, predicted.get(request.prompt_id, fallback))
-            shares[worker] += unit
-        self._flight.submit(shares)
+        """Hands requests out, as far as there is room. predicted: expected response tokens per prompt_id."""
+        self._flight.submit(requests, predicted)
+        self._flight.dispatch(self._crew)
 
     def poll(self, wait_s: float, other: Sequence[Any] = ()) -> list[Rollout]:
         """What has finished, from all workers; waits up to `wait_s` for the first, or for one of `other`'s objects."""
-        return self._flight.poll(wait_s, other)
+        return self._flight.poll(self._crew, wait_s, other)
 
     def abort(self, uids: Iterable[int]) -> None:
         """Takes requests out; what they have still comes from `poll`."""
-        self._flight.abort(uids)
+        self._flight.abort(self._crew, uids)
 
     def swap_policy(self, weights: Any, version: int, in_flight: InFlight, timeout_s: float) -> None:
-        """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
-        refs = [worker.swap_policy.remote(weights, version, in_flight, timeout_s) for worker in self._workers]
-        served = wait_for(refs, self._names, f"weights of version {version} ({in_flight})", timeout_s)
-        if set(served) != {version}:
-            raise PoolError(f"weights: workers serve versions {served}, expected {version}")
+        """weights: as for update_policy. Every worker serves `version` after."""
+        self._crew.briefing.policy(weights, version)
+        refs = {
+            worker: worker.handle.swap_policy.remote(weights, version, in_flight, timeout_s)
+            for worker in self._crew.roster.holding()
+        }
+        self._crew.update_policy(refs, version, f"weights of version {version} ({in_flight})", timeout_s)
 
     def report(self) -> list[WorkerReport]:
         """What every worker did since the last report."""

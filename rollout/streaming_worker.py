@@ -6,9 +6,11 @@ thread alone once the first request came, a whole `generate` too.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from slipstream.rollout.guard import GuardState
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.worker import GenerateResult, RolloutWorker, WorkerSpec
+from slipstream.rollout.worker import RolloutWorker, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,14 @@ class WorkerReport:
     busy_s: float
     wall_s: float
     observed: Observed
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A sign of life. num_steps: engine steps so far; step_s: seconds that the present one has taken."""
+
+    num_steps: int
+    step_s: float
 
 
 CALL_TIMEOUT_S = 600.0
@@ -43,28 +53,25 @@ class StreamingWorker(RolloutWorker):
         self._stepper = EngineStepper(self._engine, spec.num_threads)
         self._reported_at, self._reported_busy_s = time.perf_counter(), 0.0
 
-    def generate(self, requests: list[Request], speculate: bool, timeout_s: float) -> GenerateResult:
-        """As the plain worker's: one call of the stepper's thread, so that no other call is answered meanwhile."""
-        drain = super().generate
-        wait_s = timeout_s + CALL_TIMEOUT_S
-        return self._stepper.call(lambda: drain(requests, speculate, timeout_s), "rollouts", wait_s)
+    def ready(self) -> dict[str, Any]:
+        """As the plain worker's, with its process id and Ray node."""
+        return super().ready() | {"pid": os.getpid(), "node": self.node_id()}
 
-    def begin(self, speculate: bool, timeout_s: float) -> None:
-        """Before a batch that comes by `submit`: drafting on or off, and totals start at zero, as in `generate`."""
-        self._stepper.call(lambda: self._begin(speculate), "beginning a batch", timeout_s)
+    def pulse(self) -> Pulse:
+        """Answers while the engine steps: it touches nothing but two numbers."""
+        return Pulse(self._stepper.num_steps, self._stepper.step_s)
 
-    def _begin(self, speculate: bool) -> None:
+    def submit(self, requests: list[Request], speculate: bool, timeout_s: float) -> None:
+        """Queues requests; their rollouts come from `poll`. speculate: drafting on or off, from now on."""
+        self._stepper.call(lambda: self._submit(requests, speculate), f"queueing {len(requests)} requests", timeout_s)
+
+    def _submit(self, requests: list[Request], speculate: bool) -> None:
         self.speculate(speculate)
-        self._engine.stats(reset=True)
-        self._reported_at, self._reported_busy_s = time.perf_counter(), self._stepper.busy_s
+        self._engine.submit(requests)
 
-    def submit(self, requests: list[Request], timeout_s: float) -> None:
-        """Queues requests; their rollouts come from `poll`."""
-        self._stepper.submit(requests, timeout_s)
-
-    def poll(self, wait_s: float) -> list[Rollout]:
-        """What finished since the last call; waits up to `wait_s` for the first."""
-        return self._stepper.poll(wait_s)
+    def poll(self, wait_s: float, at_least: int) -> list[Rollout]:
+        """What finished since the last call; waits up to `wait_s` for `at_least` rollouts."""
+        return self._stepper.poll(wait_s, at_least)
 
     def abort(self, uids: list[int], timeout_s: float) -> None:
         """Takes requests out; they come back from `poll` as they are."""
@@ -73,6 +80,16 @@ class StreamingWorker(RolloutWorker):
     def take_queued(self, max_count: int, timeout_s: float) -> list[Request]:
         """Up to max_count requests that have not started: they are no longer this worker's."""
         return self._stepper.call(lambda: self._engine.take_queued(max_count), "taking queued requests", timeout_s)
+
+    def open_shared_folder(self) -> str | None:
+        """As the plain worker's, between two engine steps."""
+        opened = super().open_shared_folder
+        return self._stepper.call(opened, "sharing the index", CALL_TIMEOUT_S)
+
+    def join_shared_folder(self, path: str) -> None:
+        """As the plain worker's, between two engine steps."""
+        join = super().join_shared_folder
+        self._stepper.call(lambda: join(path), "sharing the index", CALL_TIMEOUT_S)
 
     def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """Replaces the policy between two batches; returns the version now served."""

@@ -1,13 +1,12 @@
 """The rollout worker: one engine in one process.
 
-Invariants: a call returns every request it was given, as a rollout; a replay with drafting off leaves the drafter as
-it was; the worker holds no state that a checkpoint would need besides the drafter's history.
+Invariants: a replay with drafting off leaves the drafter as it was; the worker holds no state that a checkpoint would
+need besides the drafter's history, and none that a new worker could not be told.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,12 @@ from slipstream.rollout.budget import BudgetPolicy, FixedBudget, OffBudget, Pric
 from slipstream.rollout.class_budget import ClassBudget
 from slipstream.rollout.closed_form import ClosedFormBudget
 from slipstream.rollout.cost_model import CostModel
-from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.guard import Guard, GuardState
 from slipstream.rollout.learned import Learned, Observed, observe_records
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.rollout.torch_engine import TorchEngine
-from slipstream.rollout.types import Request, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +54,6 @@ class WorkerSpec:
     budget: str
     budget_args: Mapping[str, Any]
     engine_extra_args: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateResult:
-    """What one call of `generate` did. seconds: the worker's wall time."""
-
-    rollouts: list[Rollout]
-    stats: EngineStats
-    seconds: float
-    observed: Observed
 
 
 def make_drafter(spec: WorkerSpec) -> Drafter | None:
@@ -136,17 +123,6 @@ class RolloutWorker:
             "device": str(engine.device),
             "max_len": engine.max_len,
         }
-
-    def generate(self, requests: list[Request], speculate: bool, timeout_s: float) -> GenerateResult:
-        """Runs the requests to their end. speculate=False replays without drafting and without learning."""
-        engine = self._engine
-        self.speculate(speculate)
-        engine.stats(reset=True)
-        started = time.perf_counter()
-        engine.submit(requests)
-        rollouts = engine.drain(timeout_s)
-        seconds = time.perf_counter() - started
-        return GenerateResult(rollouts, engine.stats(reset=True), seconds, self.observed())
 
     def speculate(self, wanted: bool) -> None:
         """Drafting on or off, for requests that come from now on."""

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from slipstream.conf.schema import ClusterConfig, Settings
+from slipstream.conf.cluster_config import ClusterConfig
+from slipstream.conf.schema import Settings
+from slipstream.rollout.roster import PoolLimits, worker_name
 from slipstream.rollout.worker import WorkerSpec
 from slipstream.trainer import node_probe
 from slipstream.trainer.errors import ClusterError
 from slipstream.trainer.node_probe import auth_mode
-from slipstream.trainer.policy import LearnerSpec
+from slipstream.trainer.policy import LearnerSpec, learner_names
 
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"
@@ -182,6 +184,27 @@ def missing_resources(have: dict[str, float], cluster: ClusterConfig) -> list[st
         for name, needed in (("CPU", cluster.num_cpus), ("GPU", cluster.num_gpus))
         if have.get(name, 0.0) + 1e-9 < needed
     ]
+
+
+def bundles(cluster: ClusterConfig) -> dict[str, dict[str, float]]:
+    """The resources of every actor of the job by name: what cluster.placement reserves."""
+    learner = {"CPU": cluster.cpus_for_learner, "GPU": cluster.gpus_for_learner}
+    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    learners = dict.fromkeys(learner_names(cluster.num_learners), learner)
+    return learners | {worker_name(i): worker for i in range(cluster.num_workers)}
+
+
+def pool_limits(cluster: ClusterConfig) -> PoolLimits:
+    """What the pool puts up with."""
+    return PoolLimits(
+        max_worker_restarts=cluster.max_worker_restarts,
+        worker_timeout_s=cluster.worker_timeout_s,
+        worker_step_timeout_s=cluster.worker_step_timeout_s,
+        start_timeout_s=cluster.start_timeout_s,
+        max_queued_per_worker=cluster.max_queued_per_worker,
+        max_deaths_per_request=cluster.max_deaths_per_request,
+        prompt_load_limit=cluster.prompt_load_limit,
+    )
 
 
 def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> WorkerSpec:

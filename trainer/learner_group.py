@@ -18,8 +18,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from slipstream.conf.schema import ClusterConfig
 from slipstream.rollout.actors import SAVE_GROUP, WATCH_GROUP, PoolError, PoolTimeout, make_actor
+from slipstream.rollout.placement import Placement
 from slipstream.trainer.batch import TrainSample
-from slipstream.trainer.policy import LearnerSpec, PolicyLearner
+from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learner_names
 
 PEERS_S = 5.0
 """How long the others have to fail as well: who lost a connection is heard of before who died."""
@@ -97,12 +98,18 @@ class LearnerCall:
 class LearnerGroup:
     """`cluster.num_learners` Ray actors with the same spec. ranks: their handles by name, rank 0 first."""
 
-    def __init__(self, spec: LearnerSpec, cluster: ClusterConfig, learner: type[PolicyLearner] = PolicyLearner) -> None:
+    def __init__(
+        self,
+        spec: LearnerSpec,
+        cluster: ClusterConfig,
+        learner: type[PolicyLearner] = PolicyLearner,
+        placement: Placement | None = None,
+    ) -> None:
         actor = make_actor(learner, cluster.cpus_for_learner, cluster.gpus_for_learner)
         self._cluster = cluster
         self.ranks: dict[str, Any] = {
-            "the policy learner" if spec.num_learners == 1 else f"policy learner {rank}": actor.remote(spec, rank)
-            for rank in range(spec.num_learners)
+            name: actor.options(**(placement.options(name) if placement else {})).remote(spec, rank)
+            for rank, name in enumerate(learner_names(spec.num_learners))
         }
         handles = list(self.ranks.values())
         if len(handles) == 1:

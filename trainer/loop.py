@@ -72,6 +72,7 @@ class TrainLoop:
         self._model_path = model_path
         self._step_seconds: list[float] = []
         self._pool: Any = None
+        self._placement: Any = None
         self._source: Any = None
         self._saver: Any = None
         self._proof_steps = range(0) if settings.algo.streams else settings.proof.steps(settings.algo.num_steps)
@@ -81,9 +82,10 @@ class TrainLoop:
     def start(self, resumed_from: Path | None) -> None:
         """Starts the actors, waits for them together, restores a checkpoint."""
         from slipstream.rollout.actors import dump_stacks
+        from slipstream.rollout.placement import Placement
         from slipstream.rollout.pool import RolloutPool
         from slipstream.rollout.streaming_pool import StreamingPool
-        from slipstream.trainer.cluster import learner_spec, worker_spec
+        from slipstream.trainer.cluster import bundles, learner_spec, pool_limits, worker_spec
         from slipstream.trainer.learner_group import LearnerGroup
         from slipstream.trainer.rollout_source import SourceContext, SyncSource
         from slipstream.trainer.saver import CheckpointSaver
@@ -95,6 +97,7 @@ class TrainLoop:
         spec = worker_spec(self.settings, self._model_path, longest)
         streams = self.settings.algo.streams
         pool_class = StreamingPool if streams else RolloutPool
+        self._placement = place = Placement(cluster.placement, bundles(cluster), deadline)
         self._pool = pool_class(
             spec,
             cluster.num_workers,
@@ -102,8 +105,11 @@ class TrainLoop:
             cluster.gpus_per_worker,
             cluster.routing,
             cluster.steal,
+            pool_limits(cluster),
+            place,
         )
-        self._learner = LearnerGroup(learner_spec(self.settings, self._model_path), cluster)
+        learner_args = learner_spec(self.settings, self._model_path)
+        self._learner = LearnerGroup(learner_args, cluster, placement=place)
         files = [path for name in TOKENIZER_FILES if (path := self.tokenizer.folder / name).is_file()]
         self._saver = CheckpointSaver(self.settings.checkpoint, self.run_dir, self._learner, files, self._ask)
         context = SourceContext(
@@ -151,7 +157,9 @@ class TrainLoop:
             self._saver.close(timeout_s)
         if self._pool is not None:
             self._pool.close()
-        self._saver = self._pool = None
+        if self._placement is not None:
+            self._placement.remove()
+        self._saver = self._pool = self._placement = None
 
     def _ask(self, call: LearnerCall) -> Any:
         result = self._source.wait(call)
@@ -182,6 +190,7 @@ class TrainLoop:
             if self._startup_s is not None:
                 metrics["timing_s/startup"], self._startup_s = self._startup_s, None
             self._step_seconds.append(metrics["timing_s/step"])
+            metrics |= self._pool.metrics()
             self.tracker.log(metrics, self.state.step)
             self._saver.start()
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from slipstream.conf.cluster_config import ClusterConfig
 from slipstream.conf.learning import AlgoConfig
-from slipstream.conf.schema import ClusterConfig, DataConfig, Settings
+from slipstream.conf.schema import DataConfig, Settings
 from slipstream.trainer.config import model_folder
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.model_shape import ModelShape, read_model_shape

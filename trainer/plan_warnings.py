@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 
-from slipstream.conf.schema import ClusterConfig, Settings
+from slipstream.conf.cluster_config import ClusterConfig
+from slipstream.conf.schema import Settings
 
 
 def find_warnings(settings: Settings, num_train_prompts: int | None, max_positions: int | None) -> list[str]:

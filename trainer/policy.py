@@ -69,6 +69,11 @@ class LearnerSpec:
         return self.learner.master_weights_float32 and self.dtype != "float32"
 
 
+def learner_names(num_learners: int) -> list[str]:
+    """What the learners are called where people read of them, rank 0 first."""
+    return ["the policy learner"] if num_learners == 1 else [f"policy learner {rank}" for rank in range(num_learners)]
+
+
 def learning_rate(algo: AlgoConfig, step: int) -> float:
     """The rate of training step 1, 2, ...: linear warm-up, then the schedule down to 0 after the last step."""
     if step <= algo.warmup_steps:

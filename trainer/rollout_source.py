@@ -108,7 +108,7 @@ class SyncSource:
         metrics = {
             "timing_s/gen": generated - started,
             "timing_s/reward": time.perf_counter() - generated,
-            "perf/worker_idle_share": 1.0 - sum(result.busy_s) / (max(result.busy_s) * len(result.busy_s)),
+            "perf/worker_idle_share": _idle_share(result.busy_s),
             "das/stolen_requests": float(result.num_stolen),
         }
         epoch = context.order.epoch(step)
@@ -121,7 +121,9 @@ class SyncSource:
         return self._pool.generate(requests, predicted, timeout_s, speculate=False).rollouts
 
     def wait(self, call: LearnerCall) -> Any:
-        """Waits, and does nothing else."""
+        """Waits; workers that die meanwhile are replaced."""
+        while (left_s := call.deadline - time.monotonic()) > 0.0 and (pending := call.pending()):
+            self._pool.wait_beside(pending, left_s)
         return call.result()
 
     def publish_weights(self, weights: Any, version: int) -> None:
@@ -151,3 +153,9 @@ class SyncSource:
     def position(self) -> tuple[int, list[int]]:
         """Steps end with nothing in flight."""
         return self._context.state.step * self._context.settings.algo.num_prompts_per_step, []
+
+
+def _idle_share(busy_s: list[float]) -> float:
+    """Of the time until the last worker was done; 0 where everybody who worked has died since."""
+    longest_s = max(busy_s, default=0.0)
+    return 1.0 - sum(busy_s) / (longest_s * len(busy_s)) if longest_s else 0.0

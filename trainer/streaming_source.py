@@ -165,7 +165,7 @@ class StreamingSource:
             "async/groups_open": float(len(buffer.outstanding()) - len(batch.groups)),
             "async/groups_complete": float(buffer.num_complete),
             "async/samples_late": float(counts.late),
-            "async/requests_in_flight": float(sum(self._pool.num_in_flight)),
+            "async/requests_in_flight": float(sum(self._pool.num_in_flight.values())),
         }
 
     def wait(self, call: LearnerCall) -> Any:

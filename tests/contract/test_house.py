@@ -34,7 +34,10 @@ MAY_IMPORT_HEAVY = (
     "rollout/pool.py",
     "rollout/streaming_pool.py",
     "rollout/actors.py",
+    "rollout/crew.py",
     "rollout/flight.py",
+    "rollout/health.py",
+    "rollout/placement.py",
     "rollout/sglang/",
 )
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import ray
@@ -17,6 +18,7 @@ from slipstream.rollout.actors import PoolError
 from slipstream.rollout.guard import Guard
 from slipstream.rollout.learned import Learned
 from slipstream.rollout.pool import RolloutPool
+from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from slipstream.trainer.cluster import ray_cluster, worker_spec
@@ -35,18 +37,20 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def make_pool(kind: type[RolloutPool], steal: bool) -> RolloutPool:
+def make_pool(kind: type[RolloutPool], steal: bool, **limits: Any) -> RolloutPool:
+    """Workers queue whatever they are dealt, unless limits say otherwise."""
     folder = model_folder(SETTINGS.model.path)
     assert folder is not None
-    pool = kind(worker_spec(SETTINGS, str(folder), 100), 2, 1.0, 0.0, steal=steal)
+    limits = {"max_queued_per_worker": 100} | limits
+    pool = kind(worker_spec(SETTINGS, str(folder), 100), 2, 1.0, 0.0, steal=steal, limits=PoolLimits(**limits))
     pool.ready(DEADLINE_S)
     return pool
 
 
 def end(pool: RolloutPool) -> None:
     pool.close()
-    for worker in pool._workers:
-        ray.kill(worker)
+    for worker in pool._crew.roster:
+        ray.kill(worker.handle)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def collect(pool: StreamingPool, num: int) -> list[Rollout]:
     while len(out) < num and time.monotonic() < until:
         out += pool.poll(1.0)
     assert len(out) == num
-    assert pool.num_in_flight == [0, 0]
+    assert set(pool.num_in_flight.values()) == {0}
     return out
 
 
@@ -104,7 +108,7 @@ def test_a_stream_of_requests_moves_too(cluster: None, requests: list[Request], 
     pool = make_pool(StreamingPool, steal)
     assert isinstance(pool, StreamingPool)
     pool.submit(requests, {})
-    assert pool.num_in_flight == [8, 8]
+    assert pool.num_in_flight == {"rollout worker 0": 8, "rollout worker 1": 8, "waiting": 0}
     rollouts = collect(pool, len(requests))
     assert (pool.take_num_stolen() > 0) == steal
     assert pool.take_num_stolen() == 0
@@ -134,7 +138,7 @@ def test_a_resumed_jobs_guards_go_on(cluster: None, requests: list[Request]) -> 
 
 
 def test_a_worker_that_dies_meanwhile_is_named(cluster: None, requests: list[Request]) -> None:
-    pool = make_pool(RolloutPool, steal=True)
+    pool = make_pool(RolloutPool, steal=True, max_worker_restarts=0)
     pid = re.match(r"process (\d+)", pool.dump_stacks(DEADLINE_S)["rollout worker 1"])
     assert pid is not None
     threading.Timer(0.5, os.kill, (int(pid[1]), signal.SIGKILL)).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -135,12 +136,14 @@ def test_without_file_and_promise_a_reader_builds_at_once(tmp_path: Path) -> Non
 
 
 def test_a_promise_that_is_never_kept_ends(tmp_path: Path) -> None:
-    folder = SharedFolder(tmp_path, "reader", timeout_s=0.3)
+    folder, lock = SharedFolder(tmp_path, "reader", timeout_s=0.3), shared_folder._lock(tmp_path)
+    assert lock is not None, "the builder lives"
     SharedFolder(tmp_path, "builder").promise("a", folder.index_file("a", NEWEST, PER_STEP * NEWEST))
     reader = drafter_of(folder)
     started = time.monotonic()
     reader.begin(1, "a", PROMPT)
     assert 0.3 <= time.monotonic() - started < 5.0
+    os.close(lock)
     assert folder.num_missed == 1
     assert propose(reader, [1]) == propose_one(drafter_of(None))
 
@@ -154,10 +157,13 @@ def test_a_promise_that_is_kept_late_is_waited_for(tmp_path: Path) -> None:
     file = folder.index_file("a", NEWEST, PER_STEP * NEWEST)
     SharedFolder(shared, "builder").promise("a", file)
     reader = drafter_of(folder)
+    lock = shared_folder._lock(shared)
+    assert lock is not None, "the builder lives"
     timer = threading.Timer(0.2, (elsewhere / file.name).rename, [file])
     timer.start()
     reader.begin(1, "a", PROMPT)
     timer.join()
+    os.close(lock)
     assert (folder.num_mapped, folder.num_missed) == (1, 0)
     assert propose(reader, [1]) == propose_one(drafter_of(None))
 
