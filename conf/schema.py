@@ -1,28 +1,26 @@
 """The strict schema of a job and the one place of its defaults.
 
 Invariants: no torch, no ray, no file is opened here (paths are checked by trainer.config once the command
-knows it will run); every key is listed here or the job is refused (`extra="forbid"`); units are in the
-names. The only free-form place is `engine.extra_args`.
+knows it will run); every key is listed here, or in conf/weights.py, or the job is refused (`extra="forbid"`); units are
+in the names. The only free-form place is `engine.extra_args`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-
-
-class Strict(BaseModel):
-    """Refuses unknown keys, non-finite numbers and silent conversions; immutable once built."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True)
+from slipstream.conf.base import (
+    FolderName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Strict,
+)
+from slipstream.conf.weights import WeightsConfig
 
 
 class RunConfig(Strict):
@@ -349,6 +347,7 @@ class Settings(Strict):
     drafter: DrafterConfig = DrafterConfig()
     budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
+    weights: WeightsConfig = WeightsConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

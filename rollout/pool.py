@@ -26,6 +26,8 @@ from slipstream.rollout.flight import CALL_TIMEOUT_S, Flight
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.streaming_worker import StreamingWorker, WorkerReport
 from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_update import WeightUpdate, check_served, prepare_workers
 from slipstream.rollout.worker import GenerateResult, WorkerSpec
 
 Routing = Literal["sample", "group"]
@@ -186,12 +188,12 @@ class RolloutPool:
         refs = [worker.report.remote(CALL_TIMEOUT_S) for worker in self._workers]
         return wait_for(refs, self._names, "reports", CALL_TIMEOUT_S)
 
-    def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
-        """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
-        refs = [worker.update_policy.remote(weights, version) for worker in self._workers]
-        served = wait_for(refs, self._names, f"weights of version {version}", timeout_s)
-        if set(served) != {version}:
-            raise PoolError(f"weights: workers serve versions {served}, expected {version}")
+    def update_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
+        """Every worker serves the handle's version afterwards, or, where this raises, what it served before."""
+        update = prepare_workers(self._workers, self._names, handle, timeout_s)
+        refs = [worker.update_policy.remote(handle, timeout_s, vouched=True) for worker in self._workers]
+        check_served(wait_for(refs, self._names, f"weights of version {handle.version}", timeout_s), handle)
+        return update
 
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.

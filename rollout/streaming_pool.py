@@ -13,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from slipstream.rollout.actors import PoolError, wait_for
+from slipstream.rollout.actors import wait_for
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.stepper import InFlight
 from slipstream.rollout.streaming_worker import WorkerReport
 from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_update import WeightUpdate, check_served, prepare_workers
 
 
 class StreamingPool(RolloutPool):
@@ -54,12 +56,14 @@ class StreamingPool(RolloutPool):
         """Takes requests out; what they have still comes from `poll`."""
         self._flight.abort(uids)
 
-    def swap_policy(self, weights: Any, version: int, in_flight: InFlight, timeout_s: float) -> None:
-        """weights: a mapping of tensors, or a Ray object reference to one. Every worker serves `version` after."""
-        refs = [worker.swap_policy.remote(weights, version, in_flight, timeout_s) for worker in self._workers]
-        served = wait_for(refs, self._names, f"weights of version {version} ({in_flight})", timeout_s)
-        if set(served) != {version}:
-            raise PoolError(f"weights: workers serve versions {served}, expected {version}")
+    def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float) -> WeightUpdate:
+        """Every worker serves the handle's version afterwards, or, where this raises before anybody has swapped, what
+        it served before. Bytes are fetched and verified while the engines step."""
+        update = prepare_workers(self._workers, self._names, handle, timeout_s)
+        refs = [worker.swap_policy.remote(handle, in_flight, timeout_s, vouched=True) for worker in self._workers]
+        what = f"weights of version {handle.version} ({in_flight})"
+        check_served(wait_for(refs, self._names, what, timeout_s), handle)
+        return update
 
     def report(self) -> list[WorkerReport]:
         """What every worker did since the last report."""

@@ -25,7 +25,7 @@ from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
 from slipstream.rollout.budget import BudgetPolicy
-from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.engine import EngineError, EngineStats, Patch
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
 from slipstream.rollout.packing import StepPlan, plan_step
 from slipstream.rollout.prefix import PrefixStore
@@ -105,6 +105,7 @@ class TorchEngine:
         if drafter is not None:
             drafter.calibrate(self.acceptance.probabilities())
         self._weights = WeightTable(model)
+        self._adopts = self.device.type == "cpu" and not compile
 
     # ---- the queue
 
@@ -324,9 +325,29 @@ class TorchEngine:
 
     # ---- weights, aborting, draining
 
-    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor."""
-        self._weights.copy_from(weights, version)
+    def check_policy(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
+        """Raises EngineError naming a missing, unknown or misshapen tensor of weights to come."""
+        self._weights.check(shapes, version)
+
+    def update_policy(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        version: int,
+        adopt: bool = False,
+        patches: Sequence[Mapping[str, Patch]] = (),
+    ) -> None:
+        """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor.
+
+        adopt: on the CPU the model computes with the given tensors instead, which nobody may write while they are
+        referenced; elsewhere, and under engine.compile, they are copied all the same: graphs read fixed places.
+        patches: changes on top; with no weights they change what is served. See rollout/weights.py.
+        """
+        if weights and adopt and self._adopts:
+            self._weights.adopt(weights, version)
+        elif weights:
+            self._weights.copy_from(weights, version)
+        for patch in patches:
+            self._weights.patch(patch)
         self.policy_version = version
         self.prefixes.forget()
 

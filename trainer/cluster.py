@@ -10,12 +10,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from slipstream.conf.schema import ClusterConfig, Settings
 from slipstream.rollout.worker import WorkerSpec
 from slipstream.trainer.errors import ClusterError
 from slipstream.trainer.policy import LearnerSpec
+from slipstream.trainer.weight_sync import WeightSpec
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -126,8 +128,10 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
     )
 
 
-def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
-    """The learner's share of the settings."""
+def learner_spec(settings: Settings, model_path: str, run_dir: Path) -> LearnerSpec:
+    """The learner's share of the settings. run_dir: of this job, whose name its weights on disk bear."""
+    weights = settings.weights
+    folder = run_dir / "weights" if weights.folder is None else Path(weights.folder) / run_dir.name
     return LearnerSpec(
         model_path=model_path,
         dtype=settings.model.dtype,
@@ -137,4 +141,12 @@ def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
         temperature=settings.sampling.temperature,
         max_new_tokens=settings.sampling.max_new_tokens,
         algo=settings.algo,
+        weights=WeightSpec(
+            transport=weights.transport,
+            delta=weights.delta,
+            block_bytes=weights.block_bytes,
+            verify=weights.verify,
+            folder=str(folder.resolve()),
+            num_threads=settings.cluster.threads_for_learner,
+        ),
     )

@@ -98,7 +98,7 @@ class TrainLoop:
             cluster.steal,
         )
         actor = make_actor(PolicyLearner, cluster.cpus_for_learner, cluster.gpus_for_learner)
-        self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path))
+        self._learner: Any = actor.remote(learner_spec(self.settings, self._model_path, self.run_dir))
         context = SourceContext(
             self.settings,
             self.prompts,
@@ -143,10 +143,13 @@ class TrainLoop:
         self.watchdog.progress(what)
         return result
 
-    def _publish_weights(self) -> None:
-        # The object reference goes from the learner to the workers; the driver never holds the weights.
-        self._source.publish_weights(self._learner.weights.remote(), self.state.step)
-        self.watchdog.progress(f"weights of version {self.state.step}")
+    def _publish_weights(self) -> dict[str, float]:
+        """Brings the learner's weights to the workers; metrics. The driver holds their handle, never the weights."""
+        what = f"weights of version {self.state.step}"
+        handle = self._ask(self._learner.weights.remote(self.state.step), what, self.settings.cluster.update_timeout_s)
+        metrics = self._source.publish_weights(handle)
+        self.watchdog.progress(what)
+        return metrics
 
     # ---- steps
 
@@ -188,7 +191,7 @@ class TrainLoop:
         metrics |= self._update(scored.train_samples(), step)
         clock.lap("update_actor")
         self.state.step = step
-        self._publish_weights()
+        metrics |= self._publish_weights()
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)

@@ -8,7 +8,7 @@ pickled to disk.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from slipstream.conf.schema import AlgoConfig
 from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.stacks import thread_stacks
+from slipstream.rollout.weight_handle import WeightHandle
 from slipstream.trainer.batch import MicroBatch, TrainSample, micro_batches, split_updates
 from slipstream.trainer.checkpoint import flatten_optimizer, load_tensors, restore_optimizer, save_tensors
 from slipstream.trainer.correction import correct_samples
 from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss, token_logprobs
-from slipstream.trainer.weight_sync import export_weights
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class LearnerSpec:
     temperature: float
     max_new_tokens: int
     algo: AlgoConfig
+    weights: WeightSpec = field(default_factory=WeightSpec)
 
 
 def learning_rate(algo: AlgoConfig, step: int) -> float:
@@ -62,6 +64,7 @@ class PolicyLearner:
         self._device = default_device(spec.num_gpus)
         self._model = load_policy(spec.model_path, spec.dtype, self._device, spec.random_init_seed)
         self._model.set_attn_implementation("sdpa")
+        self._publisher = WeightPublisher(spec.weights)
         self._reference = None
         if self._algo.kl_coef > 0:
             self._reference = load_policy(spec.model_path, spec.dtype, self._device, spec.random_init_seed).eval()
@@ -168,9 +171,9 @@ class PolicyLearner:
         """Where every thread of this process is, innermost call last."""
         return thread_stacks()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The current policy, to be published under the next version."""
-        return export_weights(self._model)
+    def weights(self, version: int) -> WeightHandle:
+        """Publishes the current policy as `version`; workers fetch it by the handle until the next one is published."""
+        return self._publisher.publish({"policy": named_weights(self._model)}, version)
 
     def save(self, folder: str) -> None:
         """Writes the policy as a Hugging Face folder (policy/) and the optimiser (optimizer.safetensors)."""

@@ -35,6 +35,7 @@ MAY_IMPORT_HEAVY = (
     "rollout/streaming_pool.py",
     "rollout/actors.py",
     "rollout/flight.py",
+    "rollout/weight_store.py",
     "rollout/sglang/",
 )
 
