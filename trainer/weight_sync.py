@@ -40,7 +40,8 @@ MAX_CHANGED_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """weights.* of conf/schema.py. folder: where files go, this job's own; num_threads: of the checksums."""
+    """weights.* of conf/weights.py. folder: where files go, this job's own; num_threads: of the checksums; backend: of
+    a broadcast, gloo or nccl; num_receivers: workers that are expected to join one."""
 
     transport: str = "object_store"
     delta: bool = False
@@ -48,6 +49,8 @@ class WeightSpec:
     verify: bool = True
     folder: str = ""
     num_threads: int = 1
+    backend: str = "gloo"
+    num_receivers: int = 1
 
 
 def named_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -71,6 +74,9 @@ class Sender(Protocol):
     def keep(self, payloads: list[Payload]) -> None:
         """Everything sent that is not among these may go."""
 
+    def close(self) -> None:
+        """No worker comes any more."""
+
 
 class StoreSender:
     """Ray's object store: the references in the payloads keep the objects."""
@@ -82,6 +88,9 @@ class StoreSender:
         return put_tensors(tensors)
 
     def keep(self, payloads: list[Payload]) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
         """Nothing to do."""
 
 
@@ -103,6 +112,9 @@ class FileSender:
         remove_others(self._folder, [*self._before, *current])
         self._before = current
 
+    def close(self) -> None:
+        """The files stay: the newest are what a run folder shows."""
+
 
 class WeightPublisher:
     """Turns tensors into handles, one after the other."""
@@ -115,13 +127,22 @@ class WeightPublisher:
 
     def publish(self, parts: Mapping[Part, Tensors], version: int) -> WeightHandle:
         """The next version of all parts. The tensors are read before this returns, never later."""
-        # Store and files lie in the host's memory: a GPU's tensors are copied there once, and then summed up and sent.
-        tensors = {f"{part}/{name}": tensor.cpu() for part, named in parts.items() for name, tensor in named.items()}
+        # Store, files and gloo read the host's memory: a GPU's tensors are copied there once, then summed up and sent.
+        on_gpu = self._spec.transport == "broadcast" and self._spec.backend == "nccl"
+        tensors = {
+            f"{part}/{name}": tensor if on_gpu else tensor.cpu()
+            for part, named in parts.items()
+            for name, tensor in named.items()
+        }
         layout = layout_of(parts, self._spec.block_bytes)
         frames = self._frames(layout, tensors, version)
         self._handle = WeightHandle(layout, frames, self._spec.verify)
         self._sender.keep([frame.payload for frame in frames])
         return self._handle
+
+    def close(self) -> None:
+        """No worker comes any more."""
+        self._sender.close()
 
     def _frames(self, layout: Layout, tensors: Tensors, version: int) -> tuple[Frame, ...]:
         if not self._spec.delta:
@@ -163,7 +184,18 @@ class WeightPublisher:
 
 def make_sender(spec: WeightSpec) -> Sender:
     """The transport named by the spec."""
+    if spec.transport == "broadcast":
+        from slipstream.trainer.weight_broadcast import BroadcastSender
+
+        return BroadcastSender(spec.backend, node_address(), spec.num_receivers)
     return FileSender(Path(spec.folder)) if spec.transport == "disk" else StoreSender()
+
+
+def node_address() -> str:
+    """By which other nodes of the Ray cluster reach this one; loopback without a cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
 
 
 def layout_of(parts: Mapping[Part, Tensors], block_bytes: int) -> Layout:
@@ -178,8 +210,12 @@ def layout_of(parts: Mapping[Part, Tensors], block_bytes: int) -> Layout:
 
 def all_checksums(layout: Layout, tensors: Tensors, num_threads: int) -> np.ndarray:
     """Of every block of a version: uint64."""
-    parts = [block_checksums(as_bytes(tensors[spec.key]), layout.block_bytes, num_threads) for spec in layout.tensors]
-    return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+    def sums(spec: TensorSpec) -> np.ndarray:
+        return block_checksums(as_bytes(tensors[spec.key]), layout.block_bytes)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        return np.concatenate([np.zeros(0, np.uint64), *threads.map(sums, layout.tensors)])
 
 
 def _changed_bytes(layout: Layout, tensors: Tensors, changed: np.ndarray) -> dict[str, torch.Tensor]:

@@ -22,9 +22,11 @@ from slipstream.rollout.weight_store import StorePayload
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 from tests.tiny_models import tiny_model
 
-TRANSPORTS = ("object_store", "disk")
+TRANSPORTS = ("object_store", "disk", "broadcast")
 BLOCK = 1024
 DEADLINE_S = 30.0
+# Said by torch once; rollout/weight_store.py tells why it is silenced, which pytest undoes.
+pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 Weights = dict[str, torch.Tensor]
 
 
@@ -75,8 +77,19 @@ def same(first: Weights, second: Weights) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+OPENED: list[WeightPublisher] = []
+
+
+@pytest.fixture(autouse=True)
+def close_publishers() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
 def publisher(transport: str, folder: Path, delta: bool = False, verify: bool = True) -> WeightPublisher:
-    return WeightPublisher(WeightSpec(transport, delta, BLOCK, verify, str(folder / "weights")))
+    OPENED.append(WeightPublisher(WeightSpec(transport, delta, BLOCK, verify, str(folder / "weights"))))
+    return OPENED[-1]
 
 
 def nudged(weights: Weights, name: str, place: int) -> Weights:
@@ -251,7 +264,7 @@ def test_weights_that_do_not_come_are_an_error_not_a_wait(tmp_path: Path) -> Non
     # Any: ray's types know no functions made remote at run time. This one never starts: no machine has as much.
     remote: Any = ray.remote(num_cpus=1000)
     handle, worker = publisher("object_store", tmp_path).publish({"policy": policy(1)}, 1), Worker()
-    never = replace(handle.frames[0], payload=StorePayload(remote(dict).remote()))
+    never = replace(handle.frames[0], payload=StorePayload(remote(lambda: {}).remote()))
     with pytest.raises(WeightError, match="object store: GetTimeoutError"):
         worker.receiver.prepare(replace(handle, frames=(never,)), Share(), 0.2)
 
