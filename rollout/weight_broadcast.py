@@ -37,7 +37,8 @@ class _Member:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.name, self.store, self.groups = uuid.uuid4().hex, None, dict[str, Any]()
+        self.name, self.groups = uuid.uuid4().hex, dict[str, Any]()
+        self.store: Any = None
         self._learner: tuple[str, int, str] | None = None
 
     def connect(self, payload: BroadcastPayload, timeout_s: float) -> Any:
