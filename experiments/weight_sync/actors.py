@@ -106,10 +106,10 @@ class BenchLearner:
 
 
 class BenchEngine:
-    """What a receiver needs of an engine: the weights. adopts: as an engine on the CPU does."""
+    """What a receiver needs of an engine: the weights. adopts: as an engine on the CPU does; else it copies."""
 
-    def __init__(self, model: torch.nn.Module, adopts: bool) -> None:
-        self._table, self._adopts = WeightTable(model), adopts
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._table, self.adopts = WeightTable(model), True
 
     def check_policy(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
         """As TorchEngine."""
@@ -123,18 +123,16 @@ class BenchEngine:
         patches: Sequence[Mapping[str, Patch]] = (),
     ) -> None:
         """As TorchEngine."""
-        (self._table.adopt if adopt and self._adopts else self._table.copy_from)(weights, version)
+        (self._table.adopt if adopt and self.adopts else self._table.copy_from)(weights, version)
 
 
 class BenchWorker:
     """A rollout worker without its engine."""
 
-    def __init__(self, mib: int, adopts: bool) -> None:
+    def __init__(self, mib: int) -> None:
         torch.set_num_threads(1)
         self._model = make_model(mib)
-        for tensor in self._model.parameters():
-            tensor.detach().zero_()
-        self._engine = BenchEngine(self._model, adopts)
+        self._engine = BenchEngine(self._model)
         self._receiver = WeightReceiver(self._engine, self.node_id)
 
     def node_id(self) -> str:
@@ -151,6 +149,10 @@ class BenchWorker:
             self._receiver.prepare(handle, Share(), timeout_s)
         return self._receiver.commit(handle.version)
 
+    def set_adopts(self, adopts: bool) -> None:
+        """Whether the model computes with the store's memory from now on, or copies it."""
+        self._engine.adopts = adopts
+
     def copy_plainly(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
         """The baseline's end: what Ray hands over is copied in place."""
         self._engine.update_policy(weights, version)
@@ -159,10 +161,3 @@ class BenchWorker:
     def first_elements(self) -> list[float]:
         """Of every parameter: which version this worker really holds."""
         return [float(tensor[0]) for tensor in self._model.parameters()]
-
-    def read_s(self) -> float:
-        """Seconds to read all weights once, as the next pass will."""
-        started = time.perf_counter()
-        for tensor in self._model.parameters():
-            tensor.detach().sum()
-        return time.perf_counter() - started

@@ -65,7 +65,7 @@ def transport_of(arm: str) -> tuple[str, bool]:
 
 
 class Bench:
-    """The actors, and one transfer by any arm."""
+    """The actors, and one transfer by any arm. Arms take turns as a whole: each has its own memory to warm."""
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
         import ray
@@ -75,14 +75,15 @@ class Bench:
         remote: Any = ray.remote(num_cpus=1)  # ray's types know no methods that exist at run time only
         self._folder, self._version = folder, 0
         self.learner = remote(BenchLearner).remote(args.mib, args.threads, args.workers)
-        copied = "object_store_copied" in args.arms
-        self._adopting = [remote(BenchWorker).remote(args.mib, True) for _ in range(args.workers)]
-        self._copying = [remote(BenchWorker).remote(args.mib, False) for _ in range(args.workers)] if copied else []
+        self._workers = [remote(BenchWorker).remote(args.mib) for _ in range(args.workers)]
         self.num_bytes = ray.get(self.learner.num_bytes.remote(), timeout=DEADLINE_S)
 
-    def workers(self, arm: str) -> list[Any]:
-        """Who takes part."""
-        return self._copying if arm == "object_store_copied" else self._adopting
+    def begin(self, arm: str) -> None:
+        """Another arm's turn."""
+        import ray
+
+        adopts = [worker.set_adopts.remote(arm != "object_store_copied") for worker in self._workers]
+        ray.get(adopts, timeout=DEADLINE_S)
 
     def sync(self, arm: str) -> float:
         """Seconds of one transfer; that it arrived is checked afterwards."""
@@ -93,7 +94,7 @@ class Bench:
 
         ray.get(self.learner.change.remote(), timeout=DEADLINE_S)
         self._version += 1
-        workers, version = self.workers(arm), self._version
+        workers, version = self._workers, self._version
         names = [f"worker {i}" for i in range(len(workers))]
         transport, verify = transport_of(arm)
         started = time.perf_counter()
@@ -132,6 +133,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     first: dict[str, float] = {}
     fresh: list[float] = []
     for arm in args.arms:
+        bench.begin(arm)
         for i in range(args.warm + args.rounds):
             copy_s, sync_s = bench.learner_s("copy_s"), bench.sync(arm)
             first.setdefault(arm, sync_s)
