@@ -16,13 +16,16 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from slipstream.experiments.weight_sync.delta import delta_shares
 
-ARMS = ("object_store", "object_store_unverified", "object_store_copied", "disk", "broadcast", "plain_ray")
+ARMS = ("object_store", "object_store_unverified")
+ALL_ARMS = (*ARMS, "object_store_copied", "disk", "broadcast", "plain_ray")
 DEADLINE_S = 300.0
 
 
@@ -33,28 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default 7)")
     parser.add_argument("--warm", type=int, default=4, help="rounds before (default 4)")
     parser.add_argument("--threads", type=int, default=2, help="checksum threads of the learner (default 2)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument(
+        "--all-mib", type=int, default=256, help="weights of the comparison of all transports; 0: none (default 256)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Transfers, then deltas."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    store_bytes = (args.mib << 20) * 4 + (256 << 20)
-    ray.init(
-        num_cpus=args.workers + 2,
-        object_store_memory=store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = measure(args, folder)
-    finally:
-        ray.shutdown()
+    result = measure(args, args.mib, ARMS)
+    if args.all_mib:
+        # Smaller: most of these keep two versions in every worker.
+        result["all_transports"] = measure(args, args.all_mib, ALL_ARMS)
     options = {"workers": args.workers, "rounds": args.rounds, "warm": args.warm, "threads": args.threads}
     return result | options | {"delta": delta_shares()}
 
@@ -64,18 +56,38 @@ def transport_of(arm: str) -> tuple[str, bool]:
     return arm if arm in ("disk", "broadcast") else "object_store", arm != "object_store_unverified"
 
 
+@contextmanager
+def local_ray(num_cpus: int, store_bytes: int) -> Iterator[None]:
+    """A Ray of our own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(
+        num_cpus=num_cpus,
+        object_store_memory=store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 class Bench:
     """The actors, and one transfer by any arm. Arms take turns as a whole: each has its own memory to warm."""
 
-    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+    def __init__(self, args: argparse.Namespace, mib: int, folder: str) -> None:
         import ray
 
         from slipstream.experiments.weight_sync.actors import BenchLearner, BenchWorker
 
         remote: Any = ray.remote(num_cpus=1)  # ray's types know no methods that exist at run time only
         self._folder, self._version = folder, 0
-        self.learner = remote(BenchLearner).remote(args.mib, args.threads, args.workers)
-        self._workers = [remote(BenchWorker).remote(args.mib) for _ in range(args.workers)]
+        self.learner = remote(BenchLearner).remote(mib, args.threads, args.workers)
+        self._workers = [remote(BenchWorker).remote(mib) for _ in range(args.workers)]
         self.num_bytes = ray.get(self.learner.num_bytes.remote(), timeout=DEADLINE_S)
 
     def begin(self, arm: str) -> None:
@@ -125,19 +137,24 @@ class Bench:
         return float(ray.get(getattr(self.learner, what).remote(), timeout=DEADLINE_S))
 
 
-def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, mib: int, arms: Sequence[str]) -> dict[str, Any]:
+    """All arms on one Ray."""
+    with local_ray(args.workers + 2, (mib << 20) * 4 + (256 << 20)), tempfile.TemporaryDirectory() as folder:
+        return measure_arms(Bench(args, mib, folder), arms, args.warm, args.rounds)
+
+
+def measure_arms(bench: Bench, arms: Sequence[str], warm: int, rounds: int) -> dict[str, Any]:
     """Every arm beside a copy, round by round."""
-    bench = Bench(args, folder)
-    seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
-    copies: dict[str, list[float]] = {arm: [] for arm in args.arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    copies: dict[str, list[float]] = {arm: [] for arm in arms}
     first: dict[str, float] = {}
     fresh: list[float] = []
-    for arm in args.arms:
+    for arm in arms:
         bench.begin(arm)
-        for i in range(args.warm + args.rounds):
+        for i in range(warm + rounds):
             copy_s, sync_s = bench.learner_s("copy_s"), bench.sync(arm)
             first.setdefault(arm, sync_s)
-            if i >= args.warm:
+            if i >= warm:
                 seconds[arm].append(sync_s)
                 copies[arm].append(copy_s)
         bench.forget(arm)
@@ -145,7 +162,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         fresh.append(bench.learner_s("fresh_copy_s"))
     copy_s, fresh_s = float(np.median(np.concatenate(list(copies.values())))), float(np.median(fresh))
     result: dict[str, Any] = {"bytes": bench.num_bytes, "copy_s": copy_s, "fresh_copy_s": fresh_s}
-    for arm in args.arms:
+    for arm in arms:
         sync_s = float(np.median(seconds[arm]))
         ratios = [a / b for a, b in zip(seconds[arm], copies[arm], strict=True)]
         result[arm] = {
@@ -156,5 +173,5 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             "first_sync_s": first[arm],
             "first_sync_over_fresh_copy": first[arm] / fresh_s,
         }
-    default = result[args.arms[0]]
+    default = result[arms[0]]
     return {"sync_s": default["sync_s"], "sync_over_copy": default["sync_over_copy"]} | result
