@@ -1,8 +1,8 @@
 """The strict schema of a job and the one place of its defaults.
 
 Invariants: no torch, no ray, no file is opened here (paths are checked by trainer.config once the command
-knows it will run); every key is listed here, or in conf/cluster_config.py, or the job is refused (`extra="forbid"`);
-units are in the names. The only free-form place is `engine.extra_args`.
+knows it will run); every key is listed here or in one of the files imported here, or the job is refused
+(`extra="forbid"`); units are in the names. The only free-form place is `engine.extra_args`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from slipstream.conf.base import (
 )
 from slipstream.conf.cluster_config import ClusterConfig
 from slipstream.conf.learning import AlgoConfig, LearnerConfig
+from slipstream.conf.weights import WeightsConfig
 
 
 class RunConfig(Strict):
@@ -236,6 +237,7 @@ class Settings(Strict):
     drafter: DrafterConfig = DrafterConfig()
     budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
+    weights: WeightsConfig = WeightsConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -3,7 +3,7 @@
 Invariants
 - It holds what was passed to the workers and nothing else; a newcomer that is told all of it is as the others are.
 - The window is kept by the records themselves, which the job keeps anyway; of the weights the newest are kept, as the
-  opaque object that was passed.
+  handle that was passed.
 - Publishes are numbered: one that takes place while a newcomer is being told the window is told to it afterwards, so
   that no record reaches it twice or never.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.history import HistoryLog
 from slipstream.rollout.learned import Learned, observe_records
 from slipstream.rollout.lengths import LengthModel
+from slipstream.rollout.weight_handle import WeightHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Briefing:
         self._learned: Learned | None = None
         self._step = 0
         self._since: list[Told] = []
-        self.weights: Any = None
-        self.version = 0
+        self.weights: WeightHandle | None = None
         self.num_published = 0
 
-    def policy(self, weights: Any, version: int) -> None:
-        """The weights that are served from now on."""
-        self.weights, self.version = weights, version
+    @property
+    def version(self) -> int:
+        """Of the weights that are served."""
+        return 0 if self.weights is None else self.weights.version
 
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None) -> None:
         """A step boundary, as rollout.worker's publish."""

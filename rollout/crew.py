@@ -21,11 +21,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from slipstream.rollout.actors import ActorLost, PoolError, PoolTimeout, fetch
+from slipstream.rollout.actors import ActorLost, PoolTimeout, fetch
 from slipstream.rollout.briefing import Briefing
 from slipstream.rollout.health import Health, Patience
 from slipstream.rollout.roster import PoolLimits, Roster, Worker, worker_name
 from slipstream.rollout.sharing import IndexSharing
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_update import WeightUpdate, check_served, prepare_workers
 
 Errand = Generator[Any, Any, None]
 """Calls to one worker, each made when the one before has ended: yields a Ray object, is sent its value."""
@@ -117,10 +119,10 @@ class Crew:
             path, told = self.sharing.path_for(worker), self.briefing.next_for(worker.known)
             if path != worker.folder and path:
                 yield from self._join(worker, path)
-            elif version != self.briefing.version:
-                version = self.briefing.version
-                served = yield worker.handle.update_policy.remote(self.briefing.weights, version)
-                _check_version({worker: served}, version)
+            elif (weights := self.briefing.weights) is not None and version != weights.version:
+                version = weights.version
+                served = yield worker.handle.update_policy.remote(weights, self._limits.start_timeout_s)
+                check_served({worker.name: served}, weights)
             elif told is not None:
                 records, learned = ray.put(told.records), ray.put(told.learned)
                 yield worker.handle.publish.remote(told.step, records, learned, worker.guard)
@@ -209,9 +211,17 @@ class Crew:
                 late = ", ".join(dict.fromkeys(running.worker.name for running in self._errands))
                 raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {late}")
 
-    def update_policy(self, refs: Mapping[Worker, Any], version: int, what: str, timeout_s: float) -> None:
-        """Waits until all serve the version; PoolError where one serves another."""
-        _check_version(self.gather(refs, what, timeout_s), version)
+    def prepare_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
+        """All workers hold the version, verified, and serve what they served. Raises PoolError naming who could not."""
+        workers = self.roster.holding()
+        actors, nodes = {worker: worker.handle for worker in workers}, [worker.node for worker in workers]
+        return prepare_workers(actors, nodes, handle, timeout_s, self.gather)
+
+    def update_policy(self, refs: Mapping[Worker, Any], handle: WeightHandle, what: str, timeout_s: float) -> None:
+        """Waits until all serve the version, which newcomers are given from now on; PoolError where one does not."""
+        self.briefing.weights = handle
+        served = self.gather(refs, what, timeout_s)
+        check_served({worker.name: version for worker, version in served.items()}, handle)
 
     def _go(self, worker: Worker, errand: Errand, what: str) -> None:
         running = _Running(worker, errand, what)
@@ -237,9 +247,3 @@ class Crew:
                 self.lose(running.worker, str(lost))
             else:
                 self._send(running, value)
-
-
-def _check_version(served: Mapping[Worker, int], version: int) -> None:
-    wrong = [f"{worker.name} serves {answer}" for worker, answer in served.items() if answer != version]
-    if wrong:
-        raise PoolError(f"weights: {', '.join(wrong)}, expected version {version}")

@@ -69,6 +69,17 @@ class EngineStats:
         return self.forward_s + self.sample_s + self.draft_s + self.other_s
 
 
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """New bytes of some blocks of a tensor. blocks: their ascending numbers, int64 [B]; data: flat uint8, one block
+    behind the other; dtype: of the sender's tensor; block_elements: of a block, the tensor's last may be shorter."""
+
+    blocks: np.ndarray
+    data: torch.Tensor
+    dtype: torch.dtype
+    block_elements: int
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Continuous batching over one copy of the policy."""
@@ -79,8 +90,18 @@ class Engine(Protocol):
     def step(self) -> list[Rollout]:
         """Advances every live request by at least one token; returns what finished."""
 
-    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Replaces the policy's weights in place; tokens sampled from now on carry `version`."""
+    def check_policy(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
+        """Raises EngineError naming a missing, unknown or misshapen tensor of weights to come."""
+
+    def update_policy(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        version: int,
+        adopt: bool = False,
+        patches: Sequence[Mapping[str, Patch]] = (),
+    ) -> None:
+        """Replaces the policy's weights; tokens sampled from now on carry `version`. adopt: the engine may compute with
+        the given tensors; patches: changes on top of the weights, or of what is served where there are none."""
 
     def update_draft(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
         """Replaces a learned drafter's weights; a no-op for drafters without weights."""

@@ -60,6 +60,18 @@ class StepPlan:
     tree: TreePlan | None = None
 
 
+def cut_invalid_drafts(drafts: DraftBatch, rows: int, vocab_size: int) -> int:
+    """Ends drafts before their first token outside the vocabulary (a drafter may be wrong, never harmful); how many."""
+    tokens = drafts.tokens[:rows]
+    if int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size:
+        return 0
+    used = np.arange(tokens.shape[1]) < drafts.count[:rows, None]
+    invalid = used & ((tokens < 0) | (tokens >= vocab_size))
+    hit = np.flatnonzero(invalid.any(axis=1))
+    drafts.count[hit] = invalid[hit].argmax(axis=1)
+    return len(hit)
+
+
 def _offsets(counts: np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])

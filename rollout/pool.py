@@ -31,6 +31,8 @@ from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.routing import Routing
 from slipstream.rollout.streaming_worker import StreamingWorker, WorkerReport
 from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_update import WeightUpdate
 from slipstream.rollout.worker import WorkerSpec
 
 MAX_CONCURRENCY = 8
@@ -180,12 +182,12 @@ class RolloutPool:
 
     # ---- news
 
-    def update_policy(self, weights: Any, version: int, timeout_s: float) -> None:
-        """weights: what a worker's update_policy takes, a Ray object reference to it or a handle that Ray can send
-        again to a worker that comes later. Every worker serves `version` after."""
-        self._crew.briefing.policy(weights, version)
-        refs = {w: w.handle.update_policy.remote(weights, version) for w in self._crew.roster.holding()}
-        self._crew.update_policy(refs, version, f"weights of version {version}", timeout_s)
+    def update_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
+        """Every worker serves the handle's version afterwards, or, where this raises, what it served before."""
+        update = self._crew.prepare_policy(handle, timeout_s)
+        refs = {w: w.handle.update_policy.remote(handle, timeout_s, vouched=True) for w in update.receipts}
+        self._crew.update_policy(refs, handle, f"weights of version {handle.version}", timeout_s)
+        return update
 
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.

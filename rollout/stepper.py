@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Literal, TypeVar
@@ -70,16 +70,15 @@ class EngineStepper:
                 self._raise_failure()
             return out
 
-    def update_policy(
-        self, weights: Mapping[str, torch.Tensor], version: int, in_flight: InFlight, timeout_s: float
-    ) -> int:
-        """Swaps the weights between two steps; returns the version served from then on."""
+    def update_policy(self, change: Callable[[], Any], version: int, in_flight: InFlight, timeout_s: float) -> int:
+        """Swaps the weights between two steps by calling `change`; returns the version served from then on."""
 
         def swap() -> int:
-            self._engine.update_policy(weights, version)
+            # A change that fails leaves the old weights, and whoever waits for a slot must go on with them.
+            self._engine.admitting = True
+            change()
             if in_flight == "recompute":
                 self._engine.recompute_live()
-            self._engine.admitting = True
             return self._engine.policy_version
 
         what = f"weights of version {version}"

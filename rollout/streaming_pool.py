@@ -18,6 +18,8 @@ from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.stepper import InFlight
 from slipstream.rollout.streaming_worker import WorkerReport
 from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_update import WeightUpdate
 
 
 class StreamingPool(RolloutPool):
@@ -46,14 +48,16 @@ class StreamingPool(RolloutPool):
         """Takes requests out; what they have still comes from `poll`."""
         self._flight.abort(self._crew, uids)
 
-    def swap_policy(self, weights: Any, version: int, in_flight: InFlight, timeout_s: float) -> None:
-        """weights: as for update_policy. Every worker serves `version` after."""
-        self._crew.briefing.policy(weights, version)
+    def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float) -> WeightUpdate:
+        """Every worker serves the handle's version afterwards, or, where this raises before anybody has swapped, what
+        it served before. Bytes are fetched and verified while the engines step."""
+        update = self._crew.prepare_policy(handle, timeout_s)
         refs = {
-            worker: worker.handle.swap_policy.remote(weights, version, in_flight, timeout_s)
-            for worker in self._crew.roster.holding()
+            worker: worker.handle.swap_policy.remote(handle, in_flight, timeout_s, vouched=True)
+            for worker in update.receipts
         }
-        self._crew.update_policy(refs, version, f"weights of version {version} ({in_flight})", timeout_s)
+        self._crew.update_policy(refs, handle, f"weights of version {handle.version} ({in_flight})", timeout_s)
+        return update
 
     def report(self) -> list[WorkerReport]:
         """What every worker did since the last report."""

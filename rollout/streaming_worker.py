@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from slipstream.drafter.base import HistoryRecord
 from slipstream.rollout.engine import EngineStats
@@ -20,6 +17,7 @@ from slipstream.rollout.guard import GuardState
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
+from slipstream.rollout.weight_handle import Share, WeightHandle
 from slipstream.rollout.worker import RolloutWorker, WorkerSpec
 
 
@@ -91,15 +89,16 @@ class StreamingWorker(RolloutWorker):
         join = super().join_shared_folder
         self._stepper.call(lambda: join(path), "sharing the index", CALL_TIMEOUT_S)
 
-    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
-        """Replaces the policy between two batches; returns the version now served."""
-        return self._stepper.update_policy(weights, version, "continue", CALL_TIMEOUT_S)
+    def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
+        """Serves the handle's version, from between two batches on; returns it. See the plain worker's."""
+        return self.swap_policy(handle, "continue", timeout_s, vouched)
 
-    def swap_policy(
-        self, weights: Mapping[str, torch.Tensor], version: int, in_flight: InFlight, timeout_s: float
-    ) -> int:
-        """Replaces the policy between two engine steps; returns the version now served."""
-        return self._stepper.update_policy(weights, version, in_flight, timeout_s)
+    def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float, vouched: bool = False) -> int:
+        """Serves the handle's version, from between two engine steps on; returns it."""
+        if not vouched:
+            self._receiver.prepare(handle, Share(), timeout_s)
+        version = handle.version
+        return self._stepper.update_policy(lambda: self._receiver.commit(version), version, in_flight, timeout_s)
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

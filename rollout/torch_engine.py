@@ -25,9 +25,9 @@ from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
 from slipstream.rollout.budget import BudgetPolicy
-from slipstream.rollout.engine import EngineError, EngineStats
+from slipstream.rollout.engine import EngineError, EngineStats, Patch
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
-from slipstream.rollout.packing import StepPlan, plan_step
+from slipstream.rollout.packing import StepPlan, cut_invalid_drafts, plan_step
 from slipstream.rollout.prefix import PrefixStore
 from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.runner_choice import RunnerOptions, make_runner
@@ -105,6 +105,7 @@ class TorchEngine:
         if drafter is not None:
             drafter.calibrate(self.acceptance.probabilities())
         self._weights = WeightTable(model)
+        self._adopts = self.device.type == "cpu" and not compile
 
     # ---- the queue
 
@@ -215,20 +216,8 @@ class TorchEngine:
         if limit.any():
             self._extend_late()
             self.drafter.propose(live, price, self._drafts)
-            self._cut_invalid_drafts(len(slots))
+            self._stats.invalid_drafts += cut_invalid_drafts(self._drafts, len(slots), self.vocab_size)
         return price
-
-    def _cut_invalid_drafts(self, rows: int) -> None:
-        """A draft ends before its first token outside the vocabulary: a drafter may be wrong, never harmful."""
-        tokens = self._drafts.tokens[:rows]
-        if int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size:
-            return
-        used = np.arange(tokens.shape[1]) < self._drafts.count[:rows, None]
-        invalid = used & ((tokens < 0) | (tokens >= self.vocab_size))
-        if invalid.any():
-            rows_hit = np.flatnonzero(invalid.any(axis=1))
-            self._stats.invalid_drafts += len(rows_hit)
-            self._drafts.count[rows_hit] = invalid[rows_hit].argmax(axis=1)
 
     def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
         """Writes the new tokens; returns the finish code of every sampling slot."""
@@ -335,9 +324,29 @@ class TorchEngine:
 
     # ---- weights, aborting, draining
 
-    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor."""
-        self._weights.copy_from(weights, version)
+    def check_policy(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
+        """Raises EngineError naming a missing, unknown or misshapen tensor of weights to come."""
+        self._weights.check(shapes, version)
+
+    def update_policy(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        version: int,
+        adopt: bool = False,
+        patches: Sequence[Mapping[str, Patch]] = (),
+    ) -> None:
+        """Copies the weights in place. Raises EngineError naming a missing, unknown or misshapen tensor.
+
+        adopt: on the CPU the model computes with the given tensors instead, which nobody may write while they are
+        referenced; elsewhere, and under engine.compile, they are copied all the same: graphs read fixed places.
+        patches: changes on top; with no weights they change what is served. See rollout/weights.py.
+        """
+        if weights and adopt and self._adopts:
+            self._weights.adopt(weights, version)
+        elif weights:
+            self._weights.copy_from(weights, version)
+        for patch in patches:
+            self._weights.patch(patch)
         self.policy_version = version
         self.prefixes.forget()
 

@@ -28,6 +28,8 @@ from slipstream.rollout.model_loader import default_device, load_policy
 from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.rollout.torch_engine import TorchEngine
+from slipstream.rollout.weight_handle import Share, WeightHandle
+from slipstream.rollout.weight_receiver import Receipt, WeightReceiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class RolloutWorker:
             pricing=make_pricing(spec),
             **spec.engine_extra_args,
         )
+        self._receiver = WeightReceiver(self._engine, self.node_id, spec.num_threads)
         self._folder: Path | None = None
         self._acceptance_before = self._engine.acceptance.copy()
         self._cost_before = self._engine.pricing.cost.copy()
@@ -137,10 +140,16 @@ class RolloutWorker:
         guard = None if pricing.guard is None else pricing.guard.state()
         return Observed(acceptance, cost, pricing.metrics(), guard)
 
-    def update_policy(self, weights: Mapping[str, torch.Tensor], version: int) -> int:
-        """Replaces the policy in place; returns the version now served."""
-        self._engine.update_policy(weights, version)
-        return self._engine.policy_version
+    def prepare_policy(self, handle: WeightHandle, share: Share, timeout_s: float) -> Receipt:
+        """Fetches weights and verifies a share of them, beside whatever the engine does; serves what it served."""
+        return self._receiver.prepare(handle, share, timeout_s)
+
+    def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
+        """Serves the handle's version; returns it. vouched: prepare_policy was called before, and all shares are
+        verified; else everything is fetched and verified here, as for a worker that comes late."""
+        if not vouched:
+            self._receiver.prepare(handle, Share(), timeout_s)
+        return self._receiver.commit(handle.version)
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

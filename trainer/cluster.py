@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from slipstream.conf.cluster_config import ClusterConfig
@@ -22,6 +23,7 @@ from slipstream.trainer import node_probe
 from slipstream.trainer.errors import ClusterError
 from slipstream.trainer.node_probe import auth_mode
 from slipstream.trainer.policy import LearnerSpec, learner_names
+from slipstream.trainer.weight_sync import WeightSpec
 
 CONNECT_TIMEOUT_S = 5.0
 LOOPBACK = "127.0.0.1"
@@ -241,8 +243,10 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
     )
 
 
-def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
-    """The learners' share of the settings."""
+def learner_spec(settings: Settings, model_path: str, run_dir: Path) -> LearnerSpec:
+    """The learners' share of the settings. run_dir: of this job, whose name its weights on disk bear."""
+    weights = settings.weights
+    folder = run_dir / "weights" if weights.folder is None else Path(weights.folder) / run_dir.name
     return LearnerSpec(
         model_path=model_path,
         dtype=settings.model.dtype,
@@ -256,4 +260,14 @@ def learner_spec(settings: Settings, model_path: str) -> LearnerSpec:
         num_learners=settings.cluster.num_learners,
         start_timeout_s=settings.cluster.start_timeout_s,
         call_timeout_s=settings.cluster.update_timeout_s,
+        weights=WeightSpec(
+            transport=weights.transport,
+            delta=weights.delta,
+            block_bytes=weights.block_bytes,
+            verify=weights.verify,
+            folder=str(folder.resolve()),
+            num_threads=settings.cluster.threads_for_learner,
+            backend="nccl" if min(settings.cluster.gpus_for_learner, settings.cluster.gpus_per_worker) > 0 else "gloo",
+            num_receivers=settings.cluster.num_workers,
+        ),
     )

@@ -150,9 +150,11 @@ class LearnerGroup:
         """Brings shared-out weights together for the next `weights`."""
         return self._call("gather", f"weights of version {version}")
 
-    def weights(self) -> Any:
-        """Reference to the policy's tensors by name; right after `gather` has ended."""
-        return next(iter(self.ranks.values())).weights.remote()
+    def weights(self, version: int) -> LearnerCall:
+        """The handle by which workers fetch the policy; right after `gather` has ended."""
+        name, handle = next(iter(self.ranks.items()))
+        what = f"weights of version {version}"
+        return LearnerCall(self, what, {name: handle.weights.remote(version)}, self._cluster.update_timeout_s)
 
     def silent(self) -> list[str]:
         """Names of learners whose process does not answer: dead or stopped."""

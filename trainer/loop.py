@@ -108,7 +108,7 @@ class TrainLoop:
             pool_limits(cluster),
             place,
         )
-        learner_args = learner_spec(self.settings, self._model_path)
+        learner_args = learner_spec(self.settings, self._model_path, self.run_dir)
         self._learner = LearnerGroup(learner_args, cluster, placement=place)
         files = [path for name in TOKENIZER_FILES if (path := self.tokenizer.folder / name).is_file()]
         self._saver = CheckpointSaver(self.settings.checkpoint, self.run_dir, self._learner, files, self._ask)
@@ -166,11 +166,12 @@ class TrainLoop:
         self.watchdog.progress(call.what)
         return result
 
-    def _publish_weights(self, wait: Callable[[LearnerCall], Any]) -> None:
+    def _publish_weights(self, wait: Callable[[LearnerCall], Any]) -> dict[str, float]:
+        """Brings the learners' weights to the workers; metrics. The driver holds their handle, never the weights."""
         wait(self._learner.gather(self.state.step))
-        # The object reference goes from the learner to the workers; the driver never holds the weights.
-        self._source.publish_weights(self._learner.weights(), self.state.step)
+        metrics = self._source.publish_weights(wait(self._learner.weights(self.state.step)))
         self.watchdog.progress(f"weights of version {self.state.step}")
+        return metrics
 
     # ---- steps
 
@@ -216,7 +217,7 @@ class TrainLoop:
         metrics |= self._update(scored.train_samples(), step)
         clock.lap("update_actor")
         self.state.step = step
-        self._publish_weights(self._ask)
+        metrics |= self._publish_weights(self._ask)
         clock.lap("update_weights")
         history = scored.history(step)
         self.state.remember(history)

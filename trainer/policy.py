@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.rollout.model_loader import DTYPES, default_device, load_policy
 from slipstream.rollout.stacks import thread_stacks
+from slipstream.rollout.weight_handle import WeightHandle
 from slipstream.trainer.batch import PackedBatch, PaddedBatch, TrainSample, pack, pad, sequence_lengths, split_updates
 from slipstream.trainer.correction import correct_samples
 from slipstream.trainer.losses import aggregate, kl_penalty, policy_loss
@@ -40,7 +41,7 @@ from slipstream.trainer.sharding import (
     whole,
     whole_weights,
 )
-from slipstream.trainer.weight_sync import export_weights
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class LearnerSpec:
     max_new_tokens: int
     algo: AlgoConfig
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightSpec = field(default_factory=WeightSpec)
     num_learners: int = 1
     start_timeout_s: float = 120.0
     call_timeout_s: float = 1800.0
@@ -99,6 +101,7 @@ class PolicyLearner:
         self._listener: socket.socket | None = None
         self._gathered: dict[str, torch.Tensor] | None = None
         self._reference: torch.nn.Module | None = None
+        self._publisher = WeightPublisher(spec.weights)
         if spec.num_learners == 1:
             if spec.keeps_masters:
                 self._mesh = group_of_one(self._device, spec.call_timeout_s)
@@ -285,14 +288,15 @@ class PolicyLearner:
             return
         self._gathered = whole_weights(self._model, DTYPES[self._spec.dtype], keep=self._rank == 0)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The current policy, to be published under the next version; rank 0, after `gather`."""
+    def weights(self, version: int) -> WeightHandle:
+        """Rank 0, after `gather`: publishes the current policy as `version`; workers fetch it by the handle until the
+        next one is published."""
         if self._mesh is None:
-            return export_weights(self._model)
+            return self._publisher.publish({"policy": named_weights(self._model)}, version)
         if self._gathered is None:
             raise RuntimeError("weights of learners that share them out: gather comes first")
         weights, self._gathered = self._gathered, None
-        return weights
+        return self._publisher.publish({"policy": weights}, version)
 
     def snapshot(self) -> None:
         """All learners: copies weights and optimiser into rank 0's host memory, for the next `save`."""

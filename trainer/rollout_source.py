@@ -18,6 +18,7 @@ from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.types import Rollout, Sampling
+from slipstream.rollout.weight_handle import WeightHandle
 from slipstream.trainer.data.prompts import PromptOrder, PromptSet
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import ChatTokenizer
@@ -64,8 +65,8 @@ class RolloutSource(Protocol):
     def wait(self, call: LearnerCall) -> Any:
         """The answer of the learners."""
 
-    def publish_weights(self, weights: Any, version: int) -> None:
-        """Brings weights (a Ray object) to every worker."""
+    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
+        """Brings a version of the weights to every worker; metrics of the transfer."""
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """Rolls the drafters' windows."""
@@ -126,9 +127,9 @@ class SyncSource:
             self._pool.wait_beside(pending, left_s)
         return call.result()
 
-    def publish_weights(self, weights: Any, version: int) -> None:
-        """All workers serve `version` afterwards."""
-        self._pool.update_policy(weights, version, self._cluster.update_timeout_s)
+    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
+        """All workers serve the handle's version afterwards."""
+        return self._pool.update_policy(handle, self._cluster.update_timeout_s).metrics()
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """All drafters have rolled afterwards."""

@@ -21,6 +21,7 @@ from slipstream.rollout.actors import PoolTimeout
 from slipstream.rollout.learned import Learned
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Rollout
+from slipstream.rollout.weight_handle import WeightHandle
 from slipstream.trainer.advantages import uniform_groups
 from slipstream.trainer.data.prompts import Prompt
 from slipstream.trainer.data.rewards import Score
@@ -174,12 +175,13 @@ class StreamingSource:
             self._pump(POLL_S, pending)
         return call.result()
 
-    def publish_weights(self, weights: Any, version: int) -> None:
+    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
         """Swaps the weights; the slots of the step that made them are free afterwards."""
-        self._pool.swap_policy(weights, version, self._algo.in_flight, self._cluster.update_timeout_s)
-        if version > self._buffer.version:
+        update = self._pool.swap_policy(handle, self._algo.in_flight, self._cluster.update_timeout_s)
+        if handle.version > self._buffer.version:
             self._buffer.publish()
             self._pump(0.0)
+        return update.metrics()
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """Rolls the windows between two engine steps."""

@@ -1,27 +1,241 @@
-"""Moves the policy's weights from the learner to the workers under one version number.
+"""The learner's end of weight sync: policy and draft under one version number, out by the transport that was chosen.
 
-Invariants: tied tensors travel once; what arrives has the dtype and the bits that were sent. One object in the Ray
-store, mapped by the workers of a node without a copy of their own until they write it into their model.
+Invariants
+- Tied tensors travel once; what arrives has the dtype and the bits that were sent.
+- A handle is given out only when all its bytes are where workers can fetch them, and they stay there until the next
+  version is published: a worker that comes late is served from the same handle.
+- A change is sent as the blocks whose checksum differs from the last version's, and only where that saves something:
+  whole versions come at the start, for another layout, and once the changes since the last add up to half of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 
+from slipstream.kernels.checksum import block_checksums
+from slipstream.rollout.weight_files import remove_others, write_tensors
+from slipstream.rollout.weight_handle import (
+    Frame,
+    Held,
+    Layout,
+    Part,
+    Payload,
+    TensorSpec,
+    WeightHandle,
+    as_bytes,
+    digest_of,
+)
 
-def export_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors by name on the CPU, one name per tied group."""
+Tensors = Mapping[str, torch.Tensor]
+MAX_CHANGED_SHARE = 0.5
+"""Of a version's bytes: where changes add up to more, the next one is sent whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """weights.* of conf/weights.py. folder: where files go, this job's own; num_threads: of the checksums; backend: of
+    a broadcast, gloo or nccl; num_receivers: workers that are expected to join one."""
+
+    transport: str = "object_store"
+    delta: bool = False
+    block_bytes: int = 65536
+    verify: bool = True
+    folder: str = ""
+    num_threads: int = 1
+    backend: str = "gloo"
+    num_receivers: int = 1
+
+
+def named_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The model's own tensors by name, one name per tied group. dtype: what floating tensors are rounded to."""
     seen: set[int] = set()
     out: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            out[name] = tensor.detach().to("cpu", copy=True)
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            out[name] = tensor.detach().to(wanted)
     return out
 
 
-def num_bytes(weights: Mapping[str, torch.Tensor]) -> int:
-    """Bytes that travel."""
-    return sum(tensor.nbytes for tensor in weights.values())
+class Sender(Protocol):
+    """One transport's way out."""
+
+    def send(self, name: str, tensors: Tensors) -> Payload:
+        """Brings the tensors (by TensorSpec.key) to where workers can fetch them; returns when they are there."""
+
+    def keep(self, payloads: list[Payload]) -> None:
+        """Everything sent that is not among these may go."""
+
+    def close(self) -> None:
+        """No worker comes any more."""
+
+
+class StoreSender:
+    """Ray's object store: the references in the payloads keep the objects."""
+
+    def send(self, name: str, tensors: Tensors) -> Payload:
+        """One put."""
+        from slipstream.rollout.weight_store import put_tensors
+
+        return put_tensors(tensors)
+
+    def keep(self, payloads: list[Payload]) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class FileSender:
+    """safetensors files in a folder of this job's own; what lies there from before is removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._before = folder, list[str]()
+        if folder.is_dir():
+            remove_others(folder, ())
+
+    def send(self, name: str, tensors: Tensors) -> Payload:
+        """One file."""
+        return write_tensors(self._folder, name, tensors)
+
+    def keep(self, payloads: list[Payload]) -> None:
+        """Keeps the files of the last handle too: a worker may be reading them."""
+        current = [str(getattr(payload, "path", "")) for payload in payloads]
+        remove_others(self._folder, [*self._before, *current])
+        self._before = current
+
+    def close(self) -> None:
+        """The files stay: the newest are what a run folder shows."""
+
+
+class WeightPublisher:
+    """Turns tensors into handles, one after the other."""
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self._spec = spec
+        self._sender: Sender = make_sender(spec)
+        self._handle: WeightHandle | None = None
+        self._sent: Held | None = None
+
+    def publish(self, parts: Mapping[Part, Tensors], version: int) -> WeightHandle:
+        """The next version of all parts. The tensors are read before this returns, never later."""
+        # Store, files and gloo read the host's memory: a GPU's tensors are copied there once, then summed up and sent.
+        on_gpu = self._spec.transport == "broadcast" and self._spec.backend == "nccl"
+        tensors = {
+            f"{part}/{name}": tensor if on_gpu else tensor.cpu()
+            for part, named in parts.items()
+            for name, tensor in named.items()
+        }
+        layout = layout_of(parts, self._spec.block_bytes)
+        frames = self._frames(layout, tensors, version)
+        self._handle = WeightHandle(layout, frames, self._spec.verify)
+        self._sender.keep([frame.payload for frame in frames])
+        return self._handle
+
+    def close(self) -> None:
+        """No worker comes any more."""
+        self._sender.close()
+
+    def _frames(self, layout: Layout, tensors: Tensors, version: int) -> tuple[Frame, ...]:
+        if not self._spec.delta:
+            return (self._whole(layout, tensors, version),)
+        sums = all_checksums(layout, tensors, self._spec.num_threads)
+        digest = digest_of(sums)
+        frames = self._change(layout, tensors, version, sums, digest)
+        if frames is None:
+            payload = self._sender.send(f"{version:08d}", tensors)
+            frames = (Frame(version, None, sums, digest, layout.num_bytes, payload),)
+        self._sent = Held(layout, sums, digest)
+        return frames
+
+    def _change(
+        self, layout: Layout, tensors: Tensors, version: int, sums: np.ndarray, digest: int
+    ) -> tuple[Frame, ...] | None:
+        """The last version's frames and one of what changed since; None where a whole version is due."""
+        before = self._sent
+        if before is None or before.layout != layout or self._handle is None:
+            return None
+        changed = _with_whole_drafts(layout, np.flatnonzero(sums != before.checksums))
+        num_bytes = sum(layout.sent_bytes(i, part) for i, part in enumerate(layout.split(changed)))
+        pending = sum(frame.num_bytes for frame in self._handle.frames[1:]) + num_bytes
+        if pending > MAX_CHANGED_SHARE * layout.num_bytes:
+            return None
+        payload = self._sender.send(f"{version:08d}-delta", _changed_bytes(layout, tensors, changed))
+        return (*self._handle.frames, Frame(version, changed, sums[changed], digest, num_bytes, payload))
+
+    def _whole(self, layout: Layout, tensors: Tensors, version: int) -> Frame:
+        """A whole version; checksums and copy at the same time, both read the same memory."""
+        with ThreadPoolExecutor(1) as beside:
+            wanted = (
+                beside.submit(all_checksums, layout, tensors, self._spec.num_threads) if self._spec.verify else None
+            )
+            payload = self._sender.send(f"{version:08d}", tensors)
+            sums = np.zeros(0, np.uint64) if wanted is None else wanted.result()
+        return Frame(version, None, sums, digest_of(sums), layout.num_bytes, payload)
+
+
+def make_sender(spec: WeightSpec) -> Sender:
+    """The transport named by the spec."""
+    if spec.transport == "broadcast":
+        from slipstream.trainer.weight_broadcast import BroadcastSender
+
+        return BroadcastSender(spec.backend, node_address(), spec.num_receivers)
+    return FileSender(Path(spec.folder)) if spec.transport == "disk" else StoreSender()
+
+
+def node_address() -> str:
+    """By which other nodes of the Ray cluster reach this one; loopback without a cluster."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
+def layout_of(parts: Mapping[Part, Tensors], block_bytes: int) -> Layout:
+    """The tensors in the order given."""
+    specs = [
+        TensorSpec(part, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes)
+        for part, named in parts.items()
+        for name, tensor in named.items()
+    ]
+    return Layout(tuple(specs), block_bytes)
+
+
+def all_checksums(layout: Layout, tensors: Tensors, num_threads: int) -> np.ndarray:
+    """Of every block of a version: uint64."""
+
+    def sums(spec: TensorSpec) -> np.ndarray:
+        return block_checksums(as_bytes(tensors[spec.key]), layout.block_bytes)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        return np.concatenate([np.zeros(0, np.uint64), *threads.map(sums, layout.tensors)])
+
+
+def _changed_bytes(layout: Layout, tensors: Tensors, changed: np.ndarray) -> dict[str, torch.Tensor]:
+    """Of every tensor with changed blocks, these blocks one behind the other: flat uint8."""
+    out = {}
+    for spec, numbers in zip(layout.tensors, layout.split(changed), strict=True):
+        if len(numbers):
+            data, size = as_bytes(tensors[spec.key]), layout.block_bytes
+            whole = spec.num_bytes // size
+            rows = torch.from_numpy(numbers[numbers < whole]).to(data.device)
+            parts = [data[: whole * size].view(-1, size)[rows].view(-1)]
+            if numbers[-1] == whole:
+                parts.append(data[whole * size :])
+            out[spec.key] = torch.cat(parts)
+    return out
+
+
+def _with_whole_drafts(layout: Layout, changed: np.ndarray) -> np.ndarray:
+    """A speculator of which any block changed travels whole: engines take new ones whole only."""
+    offsets = layout.offsets
+    of_draft = [i for i, spec in enumerate(layout.tensors) if spec.part == "speculator"]
+    drafts = np.concatenate([np.zeros(0, np.int64), *(np.arange(offsets[i], offsets[i + 1]) for i in of_draft)])
+    return np.union1d(changed, drafts) if np.isin(changed, drafts).any() else changed

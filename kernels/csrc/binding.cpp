@@ -204,6 +204,7 @@ static void bind_sampler(py::module_& m) {
 }
 
 void bind_suffix_index(py::module_& m);  // suffix_binding.cpp
+void bind_checksum(py::module_& m);      // checksum_binding.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels; each has its plain twin in slipstream.kernels.reference.";
@@ -214,4 +215,5 @@ PYBIND11_MODULE(_native, m) {
   bind_linear<int16_t, Bf16>(m, "PackedLinearBf16");
   bind_sampler(m);
   bind_suffix_index(m);
+  bind_checksum(m);
 }

@@ -38,6 +38,7 @@ MAY_IMPORT_HEAVY = (
     "rollout/flight.py",
     "rollout/health.py",
     "rollout/placement.py",
+    "rollout/weight_store.py",
     "rollout/sglang/",
 )
 

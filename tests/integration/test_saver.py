@@ -25,6 +25,7 @@ from slipstream.trainer.job_state import JobState
 from slipstream.trainer.learner_group import LearnerCall, LearnerGroup
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 from slipstream.trainer.saver import CheckpointSaver
+from tests.learner_weights import weights_of_group
 from tests.tiny_models import tiny_model
 
 TIMEOUT_S = 60.0
@@ -124,7 +125,7 @@ def test_what_is_written_is_the_state_at_the_end_of_the_step(
     one = saver(tmp_path, learner, asynchronous=asynchronous)
     one_step(learner, state)
     first = state.step
-    expected, position = ask(learner.weights(), "weights"), state.log.position
+    expected, position = weights_of_group(learner), state.log.position
     one.save(state, {})
     assert (latest(tmp_path) is None) == asynchronous
     one_step(learner, state)

@@ -12,7 +12,7 @@ from slipstream.conf.learning import AlgoConfig, CorrectionConfig
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate
-from slipstream.trainer.weight_sync import export_weights, num_bytes
+from slipstream.trainer.weight_sync import named_weights
 from tests.tiny_models import tiny_model
 
 
@@ -21,6 +21,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("policy")
     tiny_model("qwen3").save_pretrained(path)
     return str(path)
+
+
+def weights_of(learner: PolicyLearner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in named_weights(learner._model).items()}
 
 
 def make_learner(folder: str, **algo: object) -> PolicyLearner:
@@ -49,7 +53,7 @@ def test_micro_batches_do_not_change_the_update(folder: str) -> None:
     for max_tokens in (16, 10_000):
         learner = make_learner(folder, max_tokens_per_microbatch=max_tokens)
         metrics = learner.update(samples, step=1)
-        results.append((metrics, learner.weights()))
+        results.append((metrics, weights_of(learner)))
     for name, value in results[0][0].items():
         assert value == pytest.approx(results[1][0][name], rel=1e-3, abs=1e-5), name
     for name, tensor in results[0][1].items():
@@ -78,20 +82,20 @@ def test_kl_is_zero_at_the_reference_and_grows(folder: str) -> None:
 
 def test_a_step_without_tokens_is_skipped(folder: str) -> None:
     learner = make_learner(folder)
-    before = learner.weights()
+    before = weights_of(learner)
     assert learner.update([], step=1)["actor/num_updates"] == 0
     empty = TrainSample(np.array([1], np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), 1.0)
     assert learner.update([empty], step=1)["actor/num_updates"] == 0
-    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, weights_of(learner)[name]) for name, tensor in before.items())
 
 
 def test_a_non_finite_gradient_does_not_reach_the_weights(folder: str) -> None:
     learner = make_learner(folder)
-    before = learner.weights()
+    before = weights_of(learner)
     sample = make_samples(3, 1)[0]
     broken = TrainSample(sample.prompt, sample.response, sample.logprobs, float("nan"))
     assert learner.update([broken], step=1)["actor/updates_skipped_nonfinite"] == 1.0
-    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, weights_of(learner)[name]) for name, tensor in before.items())
 
 
 def test_saved_and_loaded_learners_go_on_alike(folder: str, tmp_path: Path) -> None:
@@ -102,8 +106,8 @@ def test_saved_and_loaded_learners_go_on_alike(folder: str, tmp_path: Path) -> N
     second.load(str(tmp_path))
     for learner in (first, second):
         learner.update(samples, 2)
-    for name, tensor in first.weights().items():
-        assert torch.equal(tensor, second.weights()[name])
+    for name, tensor in weights_of(first).items():
+        assert torch.equal(tensor, weights_of(second)[name])
 
 
 def test_schedules() -> None:
@@ -118,9 +122,12 @@ def test_schedules() -> None:
 
 def test_exported_weights_hold_tied_tensors_once(folder: str) -> None:
     model = load_policy(folder)
-    weights = export_weights(model)
+    weights = named_weights(model)
     assert "lm_head.weight" not in weights
-    assert num_bytes(weights) == sum(p.nbytes for p in model.parameters())
+    assert sum(t.nbytes for t in weights.values()) == sum(p.nbytes for p in model.parameters())
+    rounded = named_weights(model, torch.bfloat16)
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(t, weights[name].bfloat16()) for name, t in rounded.items())
 
 
 def test_loaded_weights_outlive_their_file(folder: str, tmp_path: Path) -> None:
@@ -155,11 +162,11 @@ def test_a_correction_takes_the_ratio_against_the_learner(folder: str) -> None:
 def test_a_step_of_rejected_samples_changes_nothing(folder: str) -> None:
     learner = make_learner(folder, correction=CorrectionConfig(rejection="sequence"))
     stale = [TrainSample(s.prompt, s.response, s.logprobs - np.float32(5.0), 1.0) for s in make_samples(6)]
-    before = learner.weights()
+    before = weights_of(learner)
     metrics = learner.update(stale, 1)
     assert metrics["actor/num_updates"] == 0
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == 1.0
-    assert all(torch.equal(tensor, learner.weights()[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, weights_of(learner)[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("loss", ["gspo", "cispo"])
@@ -192,8 +199,8 @@ def test_dropout_is_the_same_after_a_restart(tmp_path: Path) -> None:
     plain = make_learner(str(tmp_path / "policy"))
     plain.load(str(tmp_path / "saved"))
     plain.update(samples, 3)
-    expected, other = export_weights(straight._model), export_weights(plain._model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in export_weights(resumed._model).items())
+    expected, other = named_weights(straight._model), named_weights(plain._model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in named_weights(resumed._model).items())
     assert not all(torch.equal(tensor, expected[name]) for name, tensor in other.items()), "there is no dropout here"
 
 

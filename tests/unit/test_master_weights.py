@@ -14,6 +14,7 @@ from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.checkpoint import load_tensors
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 from slipstream.trainer.sharding import whole
+from tests.learner_weights import weights_of
 from tests.tiny_models import tiny_model
 from tests.unit.test_packed_attention import make_samples
 
@@ -39,11 +40,6 @@ def make_learner(policy: str, masters: bool, **learner: bool) -> PolicyLearner:
     algo = AlgoConfig(num_steps=50, learning_rate=RATE, max_tokens_per_microbatch=64)
     config = LearnerConfig(master_weights_float32=masters, **learner)
     return PolicyLearner(LearnerSpec(policy, "bfloat16", None, 0.0, 1, 1.0, 20, algo, config))
-
-
-def weights_of(learner: PolicyLearner) -> dict[str, torch.Tensor]:
-    learner.gather()
-    return learner.weights()
 
 
 def test_updates_below_the_resolution_add_up(policy: str) -> None:

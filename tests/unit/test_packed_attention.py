@@ -13,6 +13,7 @@ from slipstream.trainer.batch import TrainSample, pack, pad
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.packed_attention import batch_logprobs, probe_packing, use_packed_attention
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
+from tests.learner_weights import weights_of
 from tests.tiny_models import FAMILIES, tiny_model
 
 
@@ -57,7 +58,7 @@ def test_packed_updates_are_the_padded_ones(change: dict[str, object], tmp_path:
     for packing in (False, True):
         spec = LearnerSpec(str(tmp_path), "float32", None, 0.0, 1, 1.0, 20, algo, LearnerConfig(packing=packing))
         learner = PolicyLearner(spec)
-        results.append(([learner.update(make_samples(seed), seed) for seed in (1, 2, 3)], learner.weights()))
+        results.append(([learner.update(make_samples(seed), seed) for seed in (1, 2, 3)], weights_of(learner)))
     (padded, before), (packed, after) = results
     for one, other in zip(padded, packed, strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
@@ -80,7 +81,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
 
             learner._model.model.layers[0].mlp.register_forward_pre_hook(count)
             learner.update(make_samples(1), 1)
-            weights.append(learner.weights())
+            weights.append(weights_of(learner))
             assert recomputed == (2 if checkpointing else 1)
         for name, tensor in weights[0].items():
             assert torch.equal(tensor, weights[1][name])

@@ -12,7 +12,6 @@ from slipstream.rollout.engine import EngineError
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
-from slipstream.trainer.weight_sync import export_weights
 from tests.tiny_models import tiny_model
 
 DEADLINE_S = 60.0
@@ -80,8 +79,8 @@ def test_live_requests_go_on_under_the_new_weights(
     requests = make_requests(3)
     stepper.submit(requests, DEADLINE_S)
     wait_for_tokens(stepper, engine, 60)
-    newer = export_weights(tiny_model("qwen3", seed=1))
-    assert stepper.update_policy(newer, 5, in_flight, DEADLINE_S) == 5
+    newer = tiny_model("qwen3", seed=1).state_dict()
+    assert stepper.update_policy(lambda: engine.update_policy(newer, 5), 5, in_flight, DEADLINE_S) == 5
     rollouts = collect(stepper, 3)
     same = []
     for request in requests:
@@ -104,7 +103,8 @@ def test_drain_gives_every_rollout_one_version(stepper: EngineStepper, engine: T
     """Eight requests, four slots: the live ones end under the old weights, the queued ones start under the new."""
     stepper.submit(make_requests(8), DEADLINE_S)
     wait_for_tokens(stepper, engine, 20)
-    stepper.update_policy(export_weights(tiny_model("qwen3", seed=1)), 5, "drain", DEADLINE_S)
+    newer = tiny_model("qwen3", seed=1).state_dict()
+    stepper.update_policy(lambda: engine.update_policy(newer, 5), 5, "drain", DEADLINE_S)
     versions = [set(rollout.policy_versions.tolist()) for rollout in collect(stepper, 8).values()]
     assert sorted(map(sorted, versions)) == [[0]] * 4 + [[5]] * 4
 
@@ -118,10 +118,13 @@ def test_aborted_requests_come_back_with_what_they_have(stepper: EngineStepper, 
     assert [rollouts[request.uid].finish for request in requests] == ["abort", "length", "length", "length", "abort"]
 
 
-def test_a_call_that_fails_leaves_the_engine_running(stepper: EngineStepper, engine: TorchEngine) -> None:
-    weights = export_weights(engine.model)
+@pytest.mark.parametrize("in_flight", ["continue", "recompute", "drain"])
+def test_a_call_that_fails_leaves_the_engine_running(
+    stepper: EngineStepper, engine: TorchEngine, in_flight: InFlight
+) -> None:
+    broken = {"model.norm.weight": engine.model.state_dict()["model.norm.weight"]}
     with pytest.raises(EngineError, match="lack"):
-        stepper.update_policy({name: weights[name] for name in list(weights)[1:]}, 1, "continue", DEADLINE_S)
+        stepper.update_policy(lambda: engine.update_policy(broken, 1), 1, in_flight, DEADLINE_S)
     stepper.submit(make_requests(1, 3), DEADLINE_S)
     collect(stepper, 1)
 

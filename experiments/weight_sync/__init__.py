@@ -1,0 +1,1 @@
+"""How long new weights take to reach the workers."""

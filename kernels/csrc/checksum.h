@@ -1,0 +1,46 @@
+// Checksums of blocks of bytes at the speed of memory. Twin: kernels/checksum.py, which tells the formula.
+// Invariant: every instruction set gives the same numbers: they are sums modulo 2^64.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace slipstream {
+
+constexpr int64_t kChecksumWords = 128;  // of 8 bytes: a chunk
+constexpr int64_t kChecksumBytes = 8 * kChecksumWords;
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
+
+// The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection in which every bit moves half of the others.
+SLIPSTREAM_FORCE uint64_t mix_bits(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+struct ChecksumKeys {
+  uint64_t word[kChecksumWords];
+  ChecksumKeys() {
+    for (int64_t i = 0; i < kChecksumWords; ++i) word[i] = mix_bits(static_cast<uint64_t>(i + 1) * kGolden);
+  }
+};
+
+inline const ChecksumKeys& checksum_keys() {
+  static const ChecksumKeys keys;
+  return keys;
+}
+
+#define SLIPSTREAM_ISA_FILE "checksum_isa.inc"
+#include "for_each_isa.h"
+
+inline uint64_t block_checksum(Isa isa, const uint8_t* data, int64_t size) {
+  const uint64_t* keys = checksum_keys().word;
+#ifdef SLIPSTREAM_X86
+  if (isa == Isa::kAvx512) return avx512::block_checksum(data, size, keys);
+  if (isa == Isa::kAvx2) return avx2::block_checksum(data, size, keys);
+#endif
+  return plain::block_checksum(data, size, keys);
+}
+
+}  // namespace slipstream

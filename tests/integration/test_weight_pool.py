@@ -1,0 +1,110 @@
+"""Weights on their way to real workers: all serve the new version or all the old one, whoever comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from slipstream.rollout.actors import PoolError, make_actor
+from slipstream.rollout.model_loader import load_policy
+from slipstream.rollout.pool import RolloutPool
+from slipstream.rollout.streaming_worker import StreamingWorker
+from slipstream.rollout.torch_engine import TorchEngine
+from slipstream.rollout.types import Request, Sampling
+from slipstream.rollout.weight_handle import WeightHandle, digest_of
+from slipstream.trainer.cluster import ray_cluster, worker_spec
+from slipstream.trainer.config import load_settings, model_folder
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
+
+DEADLINE_S = 120.0
+SETTINGS = load_settings(["experiment=quickstart_short", "cluster.num_workers=2", "drafter=off", "budget=off"])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    path = model_folder(SETTINGS.model.path)
+    assert path is not None
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pool(folder: str) -> Iterator[RolloutPool]:
+    with ray_cluster(SETTINGS.cluster):
+        pool = RolloutPool(worker_spec(SETTINGS, folder, 100), 2, 1.0, 0.0)
+        pool.ready(DEADLINE_S)
+        yield pool
+        pool.close()
+
+
+def requests() -> list[Request]:
+    return [Request(i, f"p{i}", i, np.arange(4, 9, dtype=np.int32), Sampling(16, seed=3)) for i in range(8)]
+
+
+def tokens(pool: RolloutPool) -> list[list[int]]:
+    return [rollout.tokens.tolist() for rollout in pool.generate(requests(), {}, DEADLINE_S).rollouts]
+
+
+def versions(pool: RolloutPool) -> set[int]:
+    rollouts = pool.generate(requests(), {}, DEADLINE_S).rollouts
+    return {int(version) for rollout in rollouts for version in rollout.policy_versions}
+
+
+def noisy_policy(folder: str, seed: int) -> torch.nn.Module:
+    model = load_policy(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.02 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def fresh_tokens(folder: str, seed: int) -> list[list[int]]:
+    engine = TorchEngine(noisy_policy(folder, seed), max_len=256)  # type: ignore[arg-type]
+    engine.submit(requests())
+    rollouts = {rollout.request.uid: rollout for rollout in engine.drain(DEADLINE_S)}
+    return [rollouts[request.uid].tokens.tolist() for request in requests()]
+
+
+def torn(handle: WeightHandle) -> WeightHandle:
+    """The last block is not what was sent."""
+    frame = handle.frames[-1]
+    sums = frame.checksums.copy()
+    sums[-1] ^= np.uint64(1)
+    return replace(handle, frames=(replace(frame, checksums=sums, digest=digest_of(sums)),))
+
+
+@pytest.mark.parametrize("transport", ["object_store", "disk", "broadcast"])
+def test_all_workers_or_none(transport: str, pool: RolloutPool, folder: str, tmp_path: Path) -> None:
+    publisher = WeightPublisher(WeightSpec(transport, folder=str(tmp_path), num_receivers=2))
+    weights = [named_weights(noisy_policy(folder, seed)) for seed in (0, 1, 2)]
+    metrics = pool.update_policy(publisher.publish({"policy": weights[0]}, 10), DEADLINE_S).metrics()
+    assert metrics["weights/whole_transfers"] == 2
+    assert metrics["weights/bytes_fetched"] == metrics["weights/bytes_full"] * (1 + (transport == "broadcast"))
+    assert tokens(pool) == fresh_tokens(folder, 0)
+    assert versions(pool) == {10}
+    handle = publisher.publish({"policy": weights[1]}, 11)
+    with pytest.raises(PoolError, match=r"rollout worker .*WeightError: weights of version 11: block"):
+        pool.update_policy(torn(handle), DEADLINE_S)
+    assert versions(pool) == {10}
+    assert tokens(pool) == fresh_tokens(folder, 0)
+    pool.update_policy(handle, DEADLINE_S)
+    assert versions(pool) == {11}
+    # A worker that was started again gets the current handle, alone; the next version finds it among the others.
+    ray.kill(pool._workers[1])
+    actor = make_actor(StreamingWorker, 1.0, 0.0, pool.max_concurrency)
+    pool._workers[1] = actor.remote(worker_spec(SETTINGS, folder, 100))
+    pool.ready(DEADLINE_S)
+    served = ray.get(pool._workers[1].update_policy.remote(handle, DEADLINE_S), timeout=DEADLINE_S)
+    assert served == 11
+    assert tokens(pool) == fresh_tokens(folder, 1)
+    pool.update_policy(publisher.publish({"policy": weights[2]}, 12), DEADLINE_S)
+    assert versions(pool) == {12}
+    assert tokens(pool) == fresh_tokens(folder, 2)
+    publisher.close()
