@@ -76,10 +76,9 @@ def test_live_requests_go_on_under_the_new_weights(
     stepper: EngineStepper, engine: TorchEngine, in_flight: InFlight
 ) -> None:
     """recompute equals a fresh request that carries the old tokens on; continue does not, as its cache is older."""
-    requests = make_requests(3)
+    requests, newer = make_requests(3), tiny_model("qwen3", seed=1).state_dict()
     stepper.submit(requests, DEADLINE_S)
     wait_for_tokens(stepper, engine, 60)
-    newer = tiny_model("qwen3", seed=1).state_dict()
     assert stepper.update_policy(lambda: engine.update_policy(newer, 5), 5, in_flight, DEADLINE_S) == 5
     rollouts = collect(stepper, 3)
     same = []
@@ -101,9 +100,9 @@ def test_live_requests_go_on_under_the_new_weights(
 
 def test_drain_gives_every_rollout_one_version(stepper: EngineStepper, engine: TorchEngine) -> None:
     """Eight requests, four slots: the live ones end under the old weights, the queued ones start under the new."""
+    newer = tiny_model("qwen3", seed=1).state_dict()
     stepper.submit(make_requests(8), DEADLINE_S)
     wait_for_tokens(stepper, engine, 20)
-    newer = tiny_model("qwen3", seed=1).state_dict()
     stepper.update_policy(lambda: engine.update_policy(newer, 5), 5, "drain", DEADLINE_S)
     versions = [set(rollout.policy_versions.tolist()) for rollout in collect(stepper, 8).values()]
     assert sorted(map(sorted, versions)) == [[0]] * 4 + [[5]] * 4
