@@ -21,7 +21,7 @@ from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.learner_group import LearnerGroup
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
-from tests.learner_weights import weights_of_group
+from tests.learner_weights import weights_of, weights_of_group
 from tests.tiny_models import tiny_model
 
 CLUSTER = ClusterConfig(num_workers=1, num_learners=2, threads_for_learner=1, update_timeout_s=60.0)
@@ -109,7 +109,7 @@ def compare(one: PolicyLearner, two: LearnerGroup, folder: Path) -> None:
         expected, actual = one.update(samples, step), two.update(samples, step).result()
         assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5), f"step {step}"
         assert actual["actor/grad_norm"] > 0
-        assert_close(one.weights(), weights_of_group(two), 1e-5)
+        assert_close(weights_of(one), weights_of_group(two), 1e-5)
     by_one, by_two = folder / "one", folder / "two"
     by_one.mkdir()
     by_two.mkdir()
@@ -121,13 +121,13 @@ def compare(one: PolicyLearner, two: LearnerGroup, folder: Path) -> None:
     # Crossed over: what one has written, two go on from, to the bit what they read, and the other way round.
     two_before = weights_of_group(two)
     two.load(str(by_one)).result()
-    assert_close(one.weights(), weights_of_group(two), 0.0)
+    assert_close(weights_of(one), weights_of_group(two), 0.0)
     one.load(str(by_two))
-    assert_close(one.weights(), two_before, 0.0)
+    assert_close(weights_of(one), two_before, 0.0)
     samples = make_samples(9, 6)
     one.update(samples, 6)
     two.update(samples, 6).result()
-    assert_close(one.weights(), weights_of_group(two), 2e-5)
+    assert_close(weights_of(one), weights_of_group(two), 2e-5)
 
 
 def test_the_rendezvous_is_not_open_to_the_network(two: LearnerGroup) -> None:
