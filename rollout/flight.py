@@ -53,6 +53,7 @@ class Flight:
         self._polls: dict[Any, Worker] = {}
         self._submits: dict[Any, Worker] = {}
         self._deaths: dict[int, list[str]] = defaultdict(list)
+        self._unwanted: set[int] = set()
         self._aborted: list[Rollout] = []
         self._speculate, self._whole = True, False
         self._num_stolen = self.num_requeued = 0
@@ -184,6 +185,7 @@ class Flight:
     def _done(self, rollout: Rollout) -> Rollout:
         self._open.discard(rollout.request.uid)
         self._deaths.pop(rollout.request.uid, None)
+        self._unwanted.discard(rollout.request.uid)
         return rollout
 
     # ---- moving
@@ -255,10 +257,14 @@ class Flight:
 
     def _wait_again(self, held: Sequence[_Held]) -> None:
         self._waiting.extendleft(Unit((one.request,), one.tokens) for one in reversed(held))
+        # A worker that died may have taken out what was aborted, and not yet have said so.
+        self._drop_unwanted()
 
     def abort(self, crew: Crew, uids: Iterable[int]) -> None:
         """Takes requests out; what they have still comes from `poll`."""
-        wanted = set(uids)
+        wanted = set(uids) & self._open
+        self._unwanted |= wanted
+        self._drop_unwanted()
         shares = {worker: sorted(wanted & held.keys()) for worker, held in self._held.items() if wanted & held.keys()}
         # A request that is still on its way to its worker could not be found there.
         while on_the_way := {worker: ref for ref, worker in self._submits.items() if worker in shares}:
@@ -271,14 +277,15 @@ class Flight:
             if worker.state != "gone"
         }
         crew.gather(refs, "aborting requests", CALL_TIMEOUT_S)
-        # Last: what a worker that died meanwhile held waits here now.
-        self._abort_waiting(wanted)
 
-    def _abort_waiting(self, wanted: set[int]) -> None:
+    def _drop_unwanted(self) -> None:
+        """What was aborted and waits here needs no worker."""
+        if not self._unwanted:
+            return
         waiting, self._waiting = self._waiting, deque()
         for unit in waiting:
-            self._aborted += [self._done(_nothing(one)) for one in unit.requests if one.uid in wanted]
-            kept = tuple(request for request in unit.requests if request.uid not in wanted)
+            kept = tuple(request for request in unit.requests if request.uid not in self._unwanted)
+            self._aborted += [self._done(_nothing(one)) for one in unit.requests if one.uid in self._unwanted]
             if kept:
                 self._waiting.append(Unit(kept, unit.tokens))
 

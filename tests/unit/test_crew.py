@@ -174,6 +174,21 @@ def test_a_request_that_workers_die_of_is_found_and_the_others_forgotten() -> No
         flight.submit(wanted[2:], {})
 
 
+def test_what_was_aborted_is_not_begun_again() -> None:
+    flight = Flight(2, "sample", True, PoolLimits())
+    wanted = [Request(uid, "p", 0, np.ones(1, np.int32), Sampling(4)) for uid in (1, 2, 3)]
+    flight.submit(wanted, {})
+    [worker] = serving("a")
+    flight._waiting.clear()
+    for request in wanted:
+        flight._give(worker, request, 1.0)
+    flight._unwanted = {2}
+    assert flight.requeue(worker) == 3
+    assert [unit.requests[0].uid for unit in flight._waiting] == [1, 3]
+    assert [(r.request.uid, r.finish, len(r.tokens)) for r in flight._aborted] == [(2, "abort", 0)]
+    assert flight.num_open == 2
+
+
 # ---- placement
 
 
