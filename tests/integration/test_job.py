@@ -118,6 +118,42 @@ def test_a_killed_job_resumes_with_the_same_tokens(tmp_path: Path, undisturbed: 
     assert not records
 
 
+@pytest.mark.slow  # three starts of a job
+def test_a_kill_while_a_checkpoint_is_being_written(tmp_path: Path, undisturbed: Path) -> None:
+    """The first kill comes with nothing complete, the second with one, which stays."""
+    folder = tmp_path / "runs" / "killed" / "checkpoints"
+    for num_complete in (0, 1):
+        resume = ["--resume", str(folder.parent)] if num_complete else [*SMALL, "run.name=killed"]
+        with open(tmp_path / "log", "w") as log:
+            job = subprocess.Popen(command("train", *resume), cwd=tmp_path, stdout=log, stderr=log)
+        deadline = time.monotonic() + DEADLINE_S
+        while not (list(folder.glob(".partial-*")) and len(list(folder.glob("step_*"))) >= num_complete):
+            assert job.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        assert all((path / "COMPLETE").is_file() for path in folder.glob("step_*"))
+    done = run(tmp_path, "train", "--resume", str(folder.parent))
+    assert re.search(r"resume: .*step_00000\d \(step \d\)", done.stdout)
+    assert tokens(folder.parent) == tokens(undisturbed)
+    assert [record["step"] for record in jsonl(folder.parent / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_000003", "step_000004"]
+
+
+def test_a_resume_says_what_it_takes_and_passes_over(tmp_path: Path, undisturbed: Path) -> None:
+    run_dir = tmp_path / "runs" / "rotten"
+    shutil.copytree(undisturbed, run_dir)
+    newest = run_dir / "checkpoints" / "step_000004" / "policy" / "model.safetensors"
+    rotten = bytearray(newest.read_bytes())
+    rotten[-1] ^= 1
+    newest.write_bytes(rotten)
+    shutil.rmtree(run_dir / "history")
+    done = run(tmp_path, "train", "--resume", str(run_dir), "algo.num_steps=5", check=False)
+    assert "step_000004 is damaged: the checksum of policy/model.safetensors differs; it is passed over" in done.stderr
+    one_line(done, "step_000003 cannot be resumed")
+
+
 def test_a_resume_without_the_drafters_log_is_one_line(tmp_path: Path, undisturbed: Path) -> None:
     run_dir = tmp_path / "runs" / "copied"
     shutil.copytree(undisturbed, run_dir, ignore=shutil.ignore_patterns("history"))
