@@ -48,7 +48,8 @@ class Supervisor:
 
     def run(self, schedule: list[Fault]) -> list[Outcome]:
         """The whole job, from its first life to its last step."""
-        job, outcomes = self._scene.job, []
+        job = self._scene.job
+        outcomes: list[Outcome] = []
         job.start()
         for fault in schedule:
             self._reach(fault.at_step, outcomes)
