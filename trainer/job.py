@@ -2,12 +2,13 @@
 
 Invariants
 - Data and rewards are checked before Ray starts; whatever was opened is closed, however the job ends.
-- Every way to fail is one line: a deadline or a stall is a StalledError, a lost actor a ClusterError; Ctrl-C says how
-  to carry on.
+- Every way to fail is one line: a deadline or a stall is a StalledError, a lost actor a ClusterError; Ctrl-C and
+  SIGTERM say how to carry on.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,19 @@ def _errors_as_lines() -> Iterator[None]:
         raise ClusterError(str(error)) from error
 
 
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends the job as Ctrl-C does.
+
+    Within ray_cluster, because Ray installs a handler of its own, which prints the stack of its C++ code.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
 def _run_on_ray(
     settings: Settings,
     run_dir: Path,
@@ -86,7 +100,7 @@ def _run_on_ray(
     try:
         if resume:
             tracker.truncate_after(state.step)
-        with ray_cluster(settings.cluster):
+        with ray_cluster(settings.cluster), _sigterm_interrupts():
             loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state, watchdog)
             try:
                 loop.start(found)

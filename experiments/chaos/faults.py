@@ -50,10 +50,12 @@ class Scene:
     def strike(self, pids: list[int], number: signal.Signals, rng: random.Random) -> None:
         """Sends a signal to one of `pids`."""
         victim = rng.choice(pids) if pids else None
+        title = "" if victim is None else command_line(victim)
         if victim is None or not send(victim, number):
             self.notes.append("nobody was there")
             return
-        self.notes.append(f"{number.name} to {command_line(victim) or victim}")
+        # A driver's command line is long, and holds a path of this machine.
+        self.notes.append(f"{number.name} to {title if title.startswith('ray::') else 'the process'}")
         if number == signal.SIGSTOP:
             self.later(lambda: send(victim, signal.SIGKILL))
 
@@ -109,6 +111,10 @@ def _kill_learner(scene: Scene, rng: random.Random) -> None:
 
 def _kill_driver(scene: Scene, rng: random.Random) -> None:
     scene.strike([scene.job.pid], signal.SIGKILL, rng)
+
+
+def _terminate_driver(scene: Scene, rng: random.Random) -> None:
+    scene.strike([scene.job.pid], signal.SIGTERM, rng)
 
 
 def _kill_node(scene: Scene, rng: random.Random) -> None:
@@ -173,6 +179,7 @@ KINDS: dict[str, Callable[[Scene, random.Random], None]] = {
     "kill_worker": _kill_worker,
     "kill_learner": _kill_learner,
     "kill_driver": _kill_driver,
+    "terminate_driver": _terminate_driver,
     "kill_node": _kill_node,
     "kill_history_builder": _kill_history_builder,
     "kill_history_writer": _kill_history_writer,

@@ -48,7 +48,7 @@ JOB = [
     "reward.rule=custom",
     "reward.function=slipstream.experiments.chaos.reward.score",
     "reward.timeout_s=2.0",
-    "watchdog.timeout_s=15.0",
+    "watchdog.timeout_s=20.0",
 ]
 
 

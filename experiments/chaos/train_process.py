@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 COMMAND = "import sys; from slipstream.trainer.main import main; sys.exit(main())"
+STOP_LINES = ("slipstream: ", "interrupted after step ")
 STACKS_TIMEOUT_S = 20.0
 
 
@@ -76,7 +77,7 @@ class TrainProcess:
     def stop_line(self) -> str | None:
         """The one line that says why this life ended; None when there is none, several, or a traceback."""
         text = self.errors()
-        lines = [line for line in text.splitlines() if line.startswith("slipstream: ")]
+        lines = [line for line in text.splitlines() if line.startswith(STOP_LINES)]
         return lines[0] if len(lines) == 1 and "Traceback (most recent call last)" not in text else None
 
     def kill(self, stacks: bool = False) -> None:
