@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds", default=",".join(KINDS), help="kinds of faults, with commas between (default: all of them)"
     )
     parser.add_argument("--steps", type=int, default=0, help="steps of the job (default: as many as the faults need)")
-    parser.add_argument("--deadline-s", type=float, default=180.0, help="for one recovery (default 180)")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="for one recovery (default 300)")
     parser.add_argument("--logs", type=Path, help="keep all output and the records of both jobs in this new folder")
 
 
