@@ -8,6 +8,7 @@ Invariants
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from slipstream.trainer.tracking import Tracker, read_jsonl
 from slipstream.trainer.watchdog import Watchdog
 
 INTERRUPTED = 130
+MAX_LINE = 500
+TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_job(settings: Settings, run_dir: Path, resume: bool) -> int:
@@ -56,9 +59,14 @@ def _errors_as_lines() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise StalledError(str(error)) from error
+        raise StalledError(_one_line(error)) from error
     except EngineError as error:
-        raise ClusterError(str(error)) from error
+        raise ClusterError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What Ray and torch say of a failure within an actor has many lines, and colours for a terminal."""
+    return " ".join(TERMINAL_COLOUR.sub("", str(error)).split())[:MAX_LINE]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -153,13 +154,14 @@ class _Stage:
 
 @contextmanager
 def _stage(logs: Path | None, seed: int, num_steps: int) -> Iterator[_Stage]:
-    """Everything is ended and unmounted afterwards; with `logs`, the files are kept there."""
+    """Everything is ended and unmounted afterwards, on SIGTERM too; with `logs`, the files are kept there."""
     if logs is not None and logs.exists():
         raise ConfigError(f"--logs {logs}: it exists already; allowed: a folder that does not")
     folder = Path(tempfile.mkdtemp(prefix="slipstream-chaos-"))
     disk = SmallDisk(folder / "disk")
     nodes = TwoNodes(folder, (NUM_WORKERS + 1) // 2)
     overrides = [*JOB, f"run.seed={seed}", f"algo.num_steps={num_steps}", f"cluster.address={nodes.address}"]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         nodes.start()
         yield _Stage(folder, disk, nodes, overrides)
@@ -169,6 +171,7 @@ def _stage(logs: Path | None, seed: int, num_steps: int) -> Iterator[_Stage]:
             shutil.copytree(folder, logs, ignore=shutil.ignore_patterns("filler", "sockets", "ray_token"))
         disk.close()
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_undisturbed(stage: _Stage) -> float:
