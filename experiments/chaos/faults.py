@@ -1,8 +1,8 @@
 """The kinds of faults, each done for real and from outside, and the seeded schedule of them.
 
 Invariants: the schedule is a function of (seed, number of faults, kinds); a fault meets a process of the bench's own
-job or Ray only, or its disk; what `Scene.repair` undoes is what an operator would: it starts the lost node again, frees
-the disk, ends the process that hangs.
+job or Ray only, or its disk; what `Scene.repair` undoes is what an operator would: it frees the disk, and ends the
+process that hangs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ CALL_TIMEOUT_S = 10.0
 ROOMS = (0, 1 << 20, 4 << 20)
 """Bytes left on a full disk: none, too little for the policy, enough for it and too little for the optimiser."""
 MAX_DELAY_S = 1.0
+NODE_AWAY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -118,9 +119,11 @@ def _terminate_driver(scene: Scene, rng: random.Random) -> None:
 
 
 def _kill_node(scene: Scene, rng: random.Random) -> None:
+    """The node comes back by itself, as one that was restarted: the job may wait for it, or stop meanwhile."""
     scene.nodes.kill_second()
     scene.notes.append("the second raylet and everything on it")
-    scene.later(scene.nodes.start_second)
+    time.sleep(NODE_AWAY_S)
+    scene.nodes.start_second()
 
 
 def _kill_history_builder(scene: Scene, rng: random.Random) -> None:
