@@ -50,6 +50,7 @@ JOB = [
     "reward.function=slipstream.experiments.chaos.reward.score",
     "reward.timeout_s=2.0",
     "watchdog.timeout_s=20.0",
+    "cluster.start_timeout_s=200.0",
 ]
 
 
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds", default=",".join(KINDS), help="kinds of faults, with commas between (default: all of them)"
     )
     parser.add_argument("--steps", type=int, default=0, help="steps of the job (default: as many as the faults need)")
-    parser.add_argument("--deadline-s", type=float, default=300.0, help="for one recovery (default 300)")
+    parser.add_argument("--deadline-s", type=float, default=240.0, help="for a life to make a new step (default 240)")
     parser.add_argument("--logs", type=Path, help="keep all output and the records of both jobs in this new folder")
 
 

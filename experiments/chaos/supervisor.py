@@ -43,7 +43,7 @@ class Supervisor:
     """Drives one scene through a schedule."""
 
     def __init__(self, scene: Scene, num_steps: int, deadline_s: float) -> None:
-        """num_steps: of the job; deadline_s: from a fault to the recovery, and from one step to the next."""
+        """num_steps: of the job; deadline_s: from one new step, or the start of a life, to the next new step."""
         self._scene, self._num_steps, self._deadline_s = scene, num_steps, deadline_s
 
     def run(self, schedule: list[Fault]) -> list[Outcome]:
@@ -81,17 +81,18 @@ class Supervisor:
     def _disturb(self, fault: Fault) -> Outcome:
         scene, job = self._scene, self._scene.job
         outcome = Outcome(fault, job.step)
-        struck = newest = time.monotonic()
+        newest = quiet_since = time.monotonic()
         inject(fault, scene)
         reached, target = outcome.step, min(outcome.step + MARGIN_STEPS, self._num_steps)
         while reached < target:
             now, step = time.monotonic(), job.step
             if step > reached:
                 outcome.standstill_s = max(outcome.standstill_s, now - newest)
-                reached, newest = step, now
-            elif job.ended() is not None:
+                reached, newest, quiet_since = step, now, now
+            elif job.ended() is not None and len(outcome.stops) < MAX_STOPS:
                 self._resume(outcome)
-            elif now - struck > self._deadline_s or len(outcome.stops) > MAX_STOPS:
+                quiet_since = time.monotonic()
+            elif now - quiet_since > self._deadline_s or job.ended() is not None:
                 self._give_up(outcome)
                 break
             time.sleep(POLL_S)

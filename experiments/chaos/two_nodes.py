@@ -29,10 +29,10 @@ START_TIMEOUT_S = 60.0
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "5",
 }
-"""A lost node is noticed within seconds; Ray's defaults take about half a minute."""
+"""A lost node is noticed within seconds, and one on a machine that is busy is not taken for lost."""
 
 
 class TwoNodes:
