@@ -85,6 +85,9 @@ class RewardConfig(Strict):
     )
     function: str | None = Field(None, description="Dotted path `package.module.function` (rule=custom).")
     timeout_s: PositiveFloat = Field(10.0, description="Deadline for scoring one response.")
+    max_retries: NonNegativeInt = Field(
+        1, description="A response whose scoring hung or died is scored again this many times, in a fresh process."
+    )
 
 
 class SamplingConfig(Strict):

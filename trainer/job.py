@@ -2,12 +2,14 @@
 
 Invariants
 - Data and rewards are checked before Ray starts; whatever was opened is closed, however the job ends.
-- Every way to fail is one line: a deadline or a stall is a StalledError, a lost actor a ClusterError; Ctrl-C says how
-  to carry on.
+- Every way to fail is one line: a deadline or a stall is a StalledError, a lost actor a ClusterError; Ctrl-C and
+  SIGTERM say how to carry on.
 """
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from slipstream.trainer.tracking import Tracker, read_jsonl
 from slipstream.trainer.watchdog import Watchdog
 
 INTERRUPTED = 130
+MAX_LINE = 500
+TERMINAL_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_job(settings: Settings, run_dir: Path, resume: bool) -> int:
@@ -55,9 +59,27 @@ def _errors_as_lines() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise StalledError(str(error)) from error
+        raise StalledError(_one_line(error)) from error
     except EngineError as error:
-        raise ClusterError(str(error)) from error
+        raise ClusterError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What Ray and torch say of a failure within an actor has many lines, and colours for a terminal."""
+    return " ".join(TERMINAL_COLOUR.sub("", str(error)).split())[:MAX_LINE]
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends the job as Ctrl-C does.
+
+    Within ray_cluster, because Ray installs a handler of its own, which prints the stack of its C++ code.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _run_on_ray(
@@ -86,7 +108,7 @@ def _run_on_ray(
     try:
         if resume:
             tracker.truncate_after(state.step)
-        with ray_cluster(settings.cluster):
+        with ray_cluster(settings.cluster), _sigterm_interrupts():
             loop = TrainLoop(settings, run_dir, model_path, tokenizer, prompts, scorer, tracker, state, watchdog)
             try:
                 loop.start(found)

@@ -57,6 +57,20 @@ def test_generation_runs_ahead_within_the_bound(tmp_path: Path, in_flight: str) 
     assert {6} <= evaluated <= {0, 3, 6}
 
 
+@pytest.mark.slow  # the README's command on fewer prompts and steps
+def test_the_quickstart_learns_two_steps_ahead(tmp_path: Path) -> None:
+    small = ["data.task.num_train=16", "algo.num_steps=24", "algo.warmup_steps=4", "tracking=disabled"]
+    done = run(tmp_path, "train", "experiment=quickstart", "algo=grpo_async", *small, "run.name=ahead")
+    metrics = jsonl(tmp_path / "runs" / "ahead" / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, 25))
+    assert max(record["training/off_policy/trajectory_staleness_worst/max"] for record in metrics) == 2
+    assert trained_groups(tmp_path / "runs" / "ahead") == list(range(4 * 24))
+    counts_add_up(metrics)
+    rewards = [record["critic/rewards/mean"] for record in metrics]
+    assert sum(rewards[-4:]) > sum(rewards[:4]), "four steps are an epoch: the same prompts"
+    assert "report: " in done.stdout
+
+
 @pytest.mark.slow
 def test_a_killed_job_trains_every_group_once(tmp_path: Path) -> None:
     job = subprocess.Popen(command("train", *ASYNC, "run.name=killed"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)

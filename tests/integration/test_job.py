@@ -185,7 +185,10 @@ def test_queued_requests_move_between_workers_and_change_no_token(
     assert tokens(tmp_path / "runs" / "few") == tokens(undisturbed)
 
 
-def test_ctrl_c_ends_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["ctrl_c", "sigterm"]
+)
+def test_an_interrupt_ends_in_one_line_and_leaves_nothing_behind(sent: signal.Signals, tmp_path: Path) -> None:
     job = subprocess.Popen(
         command("train", *SMALL, "algo.num_steps=500", "run.name=stopped"),
         cwd=tmp_path,
@@ -197,7 +200,7 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing_behind(tmp_path: Path) -> No
     for line in job.stdout:
         if line.startswith("step"):
             break
-    job.send_signal(signal.SIGINT)
+    job.send_signal(sent)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130
     assert "carry on: slipstream train --resume" in errors

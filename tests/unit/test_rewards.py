@@ -28,6 +28,17 @@ def by_length(data_source, solution_str, ground_truth, extra_info=None):
 def as_dict(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(solution_str == ground_truth), "acc": True, "seen": extra_info["index"]}
 
+def at_last(data_source, solution_str, ground_truth, extra_info=None):
+    attempts = len(os.listdir(ground_truth))
+    open(os.path.join(ground_truth, str(attempts)), "w").close()
+    if attempts >= 2:
+        return 0.5
+    if solution_str == "raise":
+        raise RuntimeError("always")
+    if attempts:
+        os._exit(3)
+    time.sleep(100)
+
 def by_name(data_source, solution_str, ground_truth, extra_info=None):
     print("a chatty function")
     if solution_str == "raise":
@@ -166,8 +177,8 @@ def test_custom_function_that_misbehaves_costs_one_sample(capfd: pytest.CaptureF
         "none": (None, "returned None, not a number"),
         "dict": (None, "without 'score'"),
         "lambda": (None, "cannot be pickled"),
-        "exit": (None, "died (exit code 3)"),
-        "hang": (None, "longer than reward.timeout_s=1"),
+        "exit": (None, "died (exit code 3) in each of 2 attempts"),
+        "hang": (None, "longer than reward.timeout_s=1 in each of 2 attempts"),
         "hang in C": (None, "longer than reward.timeout_s=1"),
         "ok": (1.0, ""),
     }
@@ -177,6 +188,27 @@ def test_custom_function_that_misbehaves_costs_one_sample(capfd: pytest.CaptureF
         assert error in score.error
         assert "\n" not in score.error
     assert "a chatty function" in capfd.readouterr().err
+    scorer.close()
+
+
+@pytest.mark.usefixtures("functions")
+@pytest.mark.parametrize(
+    ("response", "max_retries", "expected", "attempts"),
+    [
+        ("hang, die, answer", 2, Score(0.5), 3),
+        ("hang", 0, Score(None, "the custom reward took longer than reward.timeout_s=0.5"), 1),
+        ("raise", 2, Score(None, "the custom reward raised RuntimeError: always"), 1),
+    ],
+)
+def test_a_scoring_that_gave_no_answer_is_tried_again(
+    response: str, max_retries: int, expected: Score, attempts: int, tmp_path: Path
+) -> None:
+    seen = tmp_path / "attempts"
+    seen.mkdir()
+    reward = RewardConfig(rule="custom", function="my_rewards.at_last", timeout_s=0.5, max_retries=max_retries)
+    scorer = RewardScorer(reward)
+    assert scorer.score(prompt(str(seen)), response) == expected
+    assert len(list(seen.iterdir())) == attempts
     scorer.close()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -38,6 +40,28 @@ def test_a_stall_is_written_down_before_the_job_ends(tmp_path: Path) -> None:
         "after the failing",
     ):
         assert part in text
+
+
+def test_it_ends_a_job_that_a_script_put_into_the_background(tmp_path: Path) -> None:
+    """There SIGINT is ignored from the start; the main thread waits in a system call."""
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from slipstream.trainer.watchdog import Watchdog\n"
+        "try:\n"
+        "    with Watchdog(0.3, sys.argv[1]):\n"
+        "        time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{code}",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
+    assert done.stdout == "interrupted\n", done.stderr
 
 
 def test_progress_keeps_it_quiet(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """One helper process that runs what may hang, crash or print, under a deadline.
 
-Invariants: one call at a time; a call ends within timeout_s or the process is killed and the next call starts
-a new one; the helper dies with its parent (its pipe closes, and an alarm ends a call that outlives the
-deadline); what the helper prints goes to stderr.
+Invariants: one call at a time; an attempt ends within timeout_s or the process is killed and the next attempt starts
+a new one; only an attempt without an answer (hung, died) is repeated; the helper dies with its parent (its pipe closes,
+and an alarm ends a call that outlives the deadline); what the helper prints goes to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -24,12 +25,17 @@ STDERR = 2
 """The file descriptor: in a notebook or under a test runner sys.stderr is no file."""
 
 
+class _NoAnswer(Exception):
+    """An attempt that may go well another time."""
+
+
 class RewardProcess:
     """Runs `math` checks, and calls `function` (a dotted path) where one is given."""
 
-    def __init__(self, function: str | None, timeout_s: float) -> None:
+    def __init__(self, function: str | None, timeout_s: float, max_retries: int = 0) -> None:
+        """timeout_s: of one attempt; max_retries: further attempts of a call that got no answer."""
         self._function = function
-        self._timeout_s = timeout_s
+        self._timeout_s, self._max_retries = timeout_s, max_retries
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -42,23 +48,36 @@ class RewardProcess:
     def call(self, rule: str, *arguments: Any) -> tuple[Any, str]:
         """(value, "") or (None, reason); never raises."""
         with self._lock:
+            for _ in range(self._max_retries):
+                with contextlib.suppress(_NoAnswer):
+                    return self._attempt(rule, arguments)
             try:
-                problem = self._start()
-                if problem:
-                    return None, problem
-                assert self._pipe is not None
-                self._pipe.send((rule, arguments))
-                if not self._pipe.poll(self._timeout_s):
-                    self._kill()
-                    return None, f"the {rule} reward took longer than reward.timeout_s={self._timeout_s:g}"
-                return self._pipe.recv()
-            except (EOFError, OSError):
-                code = self._kill()
-                return None, f"the process of the {rule} reward died (exit code {code})"
-            except Exception as error:
-                # What cannot be pickled, either way.
+                return self._attempt(rule, arguments)
+            except _NoAnswer as error:
+                attempts = f" in each of {self._max_retries + 1} attempts" if self._max_retries else ""
+                return None, f"{error}{attempts}"
+
+    def _attempt(self, rule: str, arguments: tuple[Any, ...]) -> tuple[Any, str]:
+        """As `call`; _NoAnswer when the process hung or died."""
+        try:
+            problem = self._start()
+            if problem:
+                return None, problem
+            assert self._pipe is not None
+            self._pipe.send((rule, arguments))
+            if not self._pipe.poll(self._timeout_s):
                 self._kill()
-                return None, f"the {rule} reward could not be exchanged: {one_line(error)}"
+                raise _NoAnswer(f"the {rule} reward took longer than reward.timeout_s={self._timeout_s:g}")
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._kill()
+            raise _NoAnswer(f"the process of the {rule} reward died (exit code {code})") from None
+        except _NoAnswer:
+            raise
+        except Exception as error:
+            # What cannot be pickled, either way.
+            self._kill()
+            return None, f"the {rule} reward could not be exchanged: {one_line(error)}"
 
     def stop(self) -> None:
         """Ends the process, if it runs."""

@@ -1,9 +1,10 @@
 """From a response to a number.
 
-Invariants: `score` never raises and never waits longer than reward.timeout_s (plus the start of a process);
-what cannot be scored has value None and a reason, so that it is left out of the loss and counted, never
-trained on as 0. Whatever may hang runs in a process of its own, because no thread can be stopped inside sympy
-or a user's function.
+Invariants: `score` never raises and never waits longer than reward.timeout_s, plus the start of a process, for each
+of its 1 + reward.max_retries attempts; what cannot be scored has value None and a reason, so that it is left out of the
+loss and counted, never trained on as 0. Only what gave no answer at all is tried again: a hang and a dead process may
+pass, an error of the rule would come again. Whatever may hang runs in a process of its own, because no thread can be
+stopped inside sympy or a user's function.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RewardScorer:
         """Raises ConfigError when reward.function cannot be imported or called."""
         self._rule = reward.rule
         self._function = reward.function if reward.rule == "custom" else None
-        self._process = RewardProcess(self._function, reward.timeout_s)
+        self._process = RewardProcess(self._function, reward.timeout_s, reward.max_retries)
         if self._function:
             problem = self._process.start()
             if problem:

@@ -1,0 +1,1 @@
+"""One job under faults of every kind; see run.py."""
