@@ -26,11 +26,12 @@ from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.roster import PoolLimits, worker_name
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
+from slipstream.rollout.weight_handle import WeightHandle
 from slipstream.trainer.cluster import ray_cluster, worker_spec
 from slipstream.trainer.config import load_settings, model_folder
 from slipstream.trainer.data.prompts import load_prompts
 from slipstream.trainer.data.tokenizer import load_tokenizer
-from slipstream.trainer.weight_sync import export_weights
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 from tests.integration.test_async_job import ASYNC, children, counts_add_up, trained_groups
 from tests.integration.test_job import SMALL, command, drafter_log, jsonl, run
 from tests.integration.test_job import tokens as tokens_of_job
@@ -85,7 +86,11 @@ def requests() -> list[Request]:
 def weights() -> Any:
     """Of another version: every tensor a little larger."""
     model = load_policy(str(FOLDER), SETTINGS.model.dtype, default_device(0.0), None)
-    return {name: tensor * 1.02 for name, tensor in export_weights(model).items()}
+    return {name: tensor * 1.02 for name, tensor in named_weights(model).items()}
+
+
+def handle_of(weights: dict[str, Any], version: int) -> WeightHandle:
+    return WeightPublisher(WeightSpec()).publish({"policy": weights}, version)
 
 
 def history(rollouts: list[Rollout]) -> list[HistoryRecord]:
@@ -164,7 +169,7 @@ def test_a_batch_survives_a_killed_worker_and_a_stream_a_stopped_one(
     one, two = "rollout worker 0", "rollout worker 1"
     with pool_of(StreamingPool, **FAST) as pool:
         assert isinstance(pool, StreamingPool)
-        pool.update_policy(ray.put(weights), 7, DEADLINE_S)
+        pool.update_policy(handle_of(weights, 7), DEADLINE_S)
         expected = pool.generate(requests, {}, DEADLINE_S).rollouts
         pool.publish(1, history(expected), None, DEADLINE_S)
         pids = {pid_of(pool, one), pid_of(pool, two)}
@@ -212,7 +217,7 @@ def test_a_stream_survives_a_killed_worker(cluster: None, requests: list[Request
         pool.submit(requests, {})
         pool.abort([request.uid for request in requests[:4] + requests[-4:]])
         with once(busy(pool, "rollout worker 1"), send(pool, "rollout worker 1", signal.SIGKILL)):
-            pool.swap_policy(ray.put(weights), 3, "continue", DEADLINE_S)
+            pool.swap_policy(handle_of(weights, 3), "continue", DEADLINE_S)
             rollouts = collect(pool, NUM_REQUESTS)
         assert len(tokens(rollouts)) == NUM_REQUESTS
         assert sum(rollout.finish == "abort" for rollout in rollouts) == 8
@@ -290,8 +295,8 @@ def test_a_pool_that_cannot_come_back_says_so_in_time(cluster: None, requests: l
 def test_an_error_is_no_death(cluster: None, requests: list[Request]) -> None:
     """Weights that do not fit would never fit: one line, no restart."""
     with pool_of(RolloutPool) as pool:
-        with pytest.raises(PoolError, match=r"weights of version 3: rollout worker \d: EngineError: .* lack"):
-            pool.update_policy(ray.put({}), 3, DEADLINE_S)
+        with pytest.raises(PoolError, match=r"weights of version 3: rollout worker \d: \w+: .* lack"):
+            pool.update_policy(handle_of({}, 3), DEADLINE_S)
         assert pool.metrics()["pool/restarts"] == 0
 
 
@@ -299,7 +304,7 @@ def test_an_error_is_no_death(cluster: None, requests: list[Request]) -> None:
 def test_workers_join_and_leave_while_a_stream_runs(cluster: None, requests: list[Request], weights: Any) -> None:
     with pool_of(StreamingPool) as pool:
         assert isinstance(pool, StreamingPool)
-        pool.swap_policy(ray.put(weights), 2, "continue", DEADLINE_S)
+        pool.swap_policy(handle_of(weights, 2), "continue", DEADLINE_S)
         pool.submit(requests, {})
         expected = tokens(collect(pool, NUM_REQUESTS))
         assert pool.add_worker() == "rollout worker 2"

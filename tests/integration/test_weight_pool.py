@@ -11,10 +11,9 @@ import pytest
 import ray
 import torch
 
-from slipstream.rollout.actors import PoolError, make_actor
+from slipstream.rollout.actors import PoolError
 from slipstream.rollout.model_loader import load_policy
 from slipstream.rollout.pool import RolloutPool
-from slipstream.rollout.streaming_worker import StreamingWorker
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Sampling
 from slipstream.rollout.weight_handle import WeightHandle, digest_of
@@ -96,13 +95,13 @@ def test_all_workers_or_none(transport: str, pool: RolloutPool, folder: str, tmp
     assert tokens(pool) == fresh_tokens(folder, 0)
     pool.update_policy(handle, DEADLINE_S)
     assert versions(pool) == {11}
-    # A worker that was started again gets the current handle, alone; the next version finds it among the others.
-    ray.kill(pool._workers[1])
-    actor = make_actor(StreamingWorker, 1.0, 0.0, pool.max_concurrency)
-    pool._workers[1] = actor.remote(worker_spec(SETTINGS, folder, 100))
+    # A worker that is started again gets the current handle, alone; the next version finds it among the others.
+    ray.kill(list(pool._crew.roster)[1].handle)
+    assert tokens(pool) == fresh_tokens(folder, 1)
     pool.ready(DEADLINE_S)
-    served = ray.get(pool._workers[1].update_policy.remote(handle, DEADLINE_S), timeout=DEADLINE_S)
-    assert served == 11
+    assert [facts["state"] for facts in pool.workers.values()] == ["serving", "serving"]
+    assert pool.metrics()["pool/restarts"] >= 1
+    assert versions(pool) == {11}
     assert tokens(pool) == fresh_tokens(folder, 1)
     pool.update_policy(publisher.publish({"policy": weights[2]}, 12), DEADLINE_S)
     assert versions(pool) == {12}
