@@ -49,7 +49,8 @@ JOB = [
     "reward.rule=custom",
     "reward.function=slipstream.experiments.chaos.reward.score",
     "reward.timeout_s=2.0",
-    "watchdog.timeout_s=20.0",
+    "watchdog.timeout_s=150.0",
+    "cluster.worker_timeout_s=8.0",
     "cluster.start_timeout_s=200.0",
 ]
 
