@@ -52,7 +52,17 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_spec(policy: str, num_learners: int, dtype: str = "float32", **learner: bool) -> LearnerSpec:
     return LearnerSpec(
-        policy, dtype, None, 0.0, 1, 0.8, 20, ALGO, LearnerConfig(**learner), num_learners, call_timeout_s=60.0
+        policy,
+        dtype,
+        None,
+        0.0,
+        1,
+        0.8,
+        20,
+        ALGO,
+        LearnerConfig(**learner),
+        num_learners=num_learners,
+        call_timeout_s=60.0,
     )
 
 
