@@ -1,7 +1,8 @@
 """Two Ray nodes on one machine, with token authentication on.
 
 Where the machine allows (root, and a kernel with network namespaces) each node has a network and an address of its own,
-joined by a virtual cable; elsewhere both share loopback.
+joined by a virtual cable; elsewhere both share loopback. Drivers belong on the head: Ray looks for their node among the
+processes that it sees, and the nodes still share those.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 @dataclass(frozen=True)
 class TwoRaylets:
-    """addresses: of head and second node; prefixes: before a command that is to run on the node; roots: process ids of
+    """addresses: of head and second node; prefix: before a command that is to run on the head; roots: process ids of
     the two `ray start --block`."""
 
     port: int
     addresses: tuple[str, str]
-    prefixes: tuple[list[str], list[str]]
+    prefix: list[str]
     roots: tuple[int, int]
     environment: dict[str, str]
 
@@ -43,14 +44,14 @@ class TwoRaylets:
     @property
     def apart(self) -> bool:
         """Whether the nodes have networks of their own."""
-        return bool(self.prefixes[0])
+        return bool(self.prefix)
 
     def run(
-        self, command: Sequence[str], folder: Path, node: int = 0, timeout_s: float = 500.0, **environment: str | None
+        self, command: Sequence[str], folder: Path, timeout_s: float = 500.0, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a node; environment: changes, None takes a name away."""
+        """Runs a command on the head; environment: changes, None takes a name away."""
         merged = {name: value for name, value in (self.environment | environment).items() if value is not None}
-        full = [*self.prefixes[node], *command]
+        full = [*self.prefix, *command]
         return subprocess.run(
             full, cwd=folder, env=merged, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -86,7 +87,7 @@ def two_raylets(num_cpus: tuple[float, float], authenticated: bool = True) -> It
                 started.append(one)
                 _await(folder / f"{node}.log", one)
             roots = started[0].pid, started[1].pid
-            yield TwoRaylets(port, addresses, prefixes, roots, environment)
+            yield TwoRaylets(port, addresses, prefixes[0], roots, environment)
         finally:
             for one in reversed(started):
                 _stop(one)
