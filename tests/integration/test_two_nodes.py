@@ -122,8 +122,6 @@ def test_without_the_token_nobody_comes_in(nodes: TwoRaylets, tmp_path: Path) ->
 
 def test_a_ray_that_asks_for_no_token_is_refused(tmp_path: Path) -> None:
     with two_raylets(NODE_CPUS, authenticated=False) as nodes:
-        if not nodes.apart:
-            return  # on loopback nobody else comes near it
         train = [*SLIPSTREAM, "train", *JOB, *ONE_WORKER_PER_NODE, f"cluster.address={nodes.address}"]
         one_line(nodes.run(train, tmp_path), nodes.address, "RAY_AUTH_MODE=disabled", "cluster.allow_unauthenticated")
         # A token on this side alone protects nobody: the nodes are asked.
@@ -131,9 +129,9 @@ def test_a_ray_that_asks_for_no_token_is_refused(tmp_path: Path) -> None:
         one_line(done, "token authentication is off on", f"{nodes.addresses[1]} (disabled)")
         check = [*SLIPSTREAM, "cluster", "check", *ONE_WORKER_PER_NODE, f"cluster.address={nodes.address}"]
         done = nodes.run(check, tmp_path, RAY_AUTH_MODE="token")
-        assert done.returncode == 1
-        for address in nodes.addresses:
-            assert f"{address}: RAY_AUTH_MODE=disabled; allowed: token, or" in done.stdout
+        one_line(
+            done, "RAY_AUTH_MODE=token here, but not on", *(f"{address} (disabled)" for address in nodes.addresses)
+        )
         assert not list(tmp_path.glob("runs/*/rollouts.jsonl"))
         allowed = nodes.run([*train, "cluster.allow_unauthenticated=true", "algo.num_steps=1"], tmp_path)
         assert allowed.returncode == 0, allowed.stdout + allowed.stderr
