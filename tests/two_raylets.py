@@ -1,7 +1,8 @@
 """Two Ray nodes on one machine, with token authentication on.
 
-Where the machine allows (root, and a kernel with network namespaces) each node has a network and an address of its own,
-joined by a virtual cable; elsewhere both share loopback.
+Where the machine allows (root, and a kernel with network namespaces) each node has a network and an address of its
+own, joined by a virtual cable; elsewhere both share the machine's. Drivers belong on the head: Ray looks for their node among
+the processes that it sees, and the nodes still share those.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.processes import descendants
+
 START_TIMEOUT_S = 120.0
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @dataclass(frozen=True)
 class TwoRaylets:
-    """addresses: of head and second node; prefixes: before a command that is to run on the node; roots: process ids of
+    """addresses: of head and second node; prefix: before a command that is to run on the head; roots: process ids of
     the two `ray start --block`."""
 
     port: int
     addresses: tuple[str, str]
-    prefixes: tuple[list[str], list[str]]
+    prefix: list[str]
     roots: tuple[int, int]
     environment: dict[str, str]
 
@@ -40,17 +43,12 @@ class TwoRaylets:
         """What a job joins."""
         return f"{self.addresses[0]}:{self.port}"
 
-    @property
-    def apart(self) -> bool:
-        """Whether the nodes have networks of their own."""
-        return bool(self.prefixes[0])
-
     def run(
-        self, command: Sequence[str], folder: Path, node: int = 0, timeout_s: float = 500.0, **environment: str | None
+        self, command: Sequence[str], folder: Path, timeout_s: float = 500.0, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a node; environment: changes, None takes a name away."""
+        """Runs a command on the head; environment: changes, None takes a name away."""
         merged = {name: value for name, value in (self.environment | environment).items() if value is not None}
-        full = [*self.prefixes[node], *command]
+        full = [*self.prefix, *command]
         return subprocess.run(
             full, cwd=folder, env=merged, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -86,7 +84,7 @@ def two_raylets(num_cpus: tuple[float, float], authenticated: bool = True) -> It
                 started.append(one)
                 _await(folder / f"{node}.log", one)
             roots = started[0].pid, started[1].pid
-            yield TwoRaylets(port, addresses, prefixes, roots, environment)
+            yield TwoRaylets(port, addresses, prefixes[0], roots, environment)
         finally:
             for one in reversed(started):
                 _stop(one)
@@ -98,7 +96,9 @@ def _networks() -> Iterator[tuple[tuple[list[str], list[str]], tuple[str, str]]]
     """(prefix of commands of each node, address of each node)."""
     names = [f"slip{os.getpid()}{letter}" for letter in "ab"]
     if not _ip("netns", "add", names[0]):
-        yield ([], []), ("127.0.0.1", "127.0.0.1")
+        from ray.util import get_node_ip_address
+
+        yield ([], []), (get_node_ip_address(), get_node_ip_address())
         return
     try:
         addresses = "10.231.7.1", "10.231.7.2"  # in networks that nobody else is in
@@ -160,26 +160,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(20)
-
-
-def descendants(root: int) -> dict[int, str]:
-    """Process id and title of everything that a process has started, and that has started in turn."""
-    parents, titles = _processes()
-    return {pid: title for pid, title in titles.items() if root in _ancestors(pid, parents)}
-
-
-def _processes() -> tuple[dict[int, int], dict[int, str]]:
-    """(parent, title) of every process."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return parents, titles
-
-
-def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:
-    out: list[int] = []
-    while (pid := parents.get(pid, 0)) > 0:
-        out.append(pid)
-    return out

@@ -112,8 +112,12 @@ def _addresses() -> list[str]:
     return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
 
 
-def _check_authenticated(timeout_s: float) -> None:
-    """Asks a process on every node that others can reach; what this process has set says nothing about them."""
+def node_auth_modes(timeout_s: float) -> list[tuple[str, str]]:
+    """(address, authentication mode) of every alive node, told by a process there.
+
+    What this process has set says nothing about them. A task, not an actor: in a mix of modes Ray calls the owner of an
+    actor back, is turned away and takes the actor for forgotten.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -122,18 +126,23 @@ def _check_authenticated(timeout_s: float) -> None:
     # By value: a node without this package shall still answer.
     ray.cloudpickle.register_pickle_by_value(node_probe)
     remote: Any = ray.remote(num_cpus=0)(auth_mode)
-    refs = {
-        node["NodeManagerAddress"]: remote.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in ray.nodes()
-        if node["Alive"] and not is_loopback(node["NodeManagerAddress"])
-    }
-    modes = dict(zip(refs, wait_for(list(refs.values()), list(refs), "RAY_AUTH_MODE", timeout_s), strict=True))
+    addresses, refs = [], []
+    for node in ray.nodes():
+        if node["Alive"]:
+            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            addresses.append(node["NodeManagerAddress"])
+            refs.append(remote.options(scheduling_strategy=pinned).remote())
+    modes = wait_for(refs, addresses, "RAY_AUTH_MODE", timeout_s)
     ray.cloudpickle.unregister_pickle_by_value(node_probe)
-    if without := {address: mode for address, mode in modes.items() if mode != "token"}:
-        listed = ", ".join(f"{address} ({mode})" for address, mode in without.items())
-        raise ClusterError(f"token authentication is off on {listed}: {_UNPROTECTED}")
+    return list(zip(addresses, modes, strict=True))
+
+
+def _check_authenticated(timeout_s: float) -> None:
+    """ClusterError when a node that others can reach asks for no token."""
+    modes = node_auth_modes(timeout_s)
+    without = [f"{address} ({mode})" for address, mode in modes if mode != "token" and not is_loopback(address)]
+    if without:
+        raise ClusterError(f"token authentication is off on {', '.join(without)}: {_UNPROTECTED}")
 
 
 def _check_before_start(cluster: ClusterConfig) -> None:

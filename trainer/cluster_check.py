@@ -20,11 +20,11 @@ from typing import Any
 
 from slipstream.conf.schema import Settings
 from slipstream.trainer import node_probe
-from slipstream.trainer.cluster import connect, is_loopback, missing_resources
+from slipstream.trainer.cluster import connect, is_loopback, missing_resources, node_auth_modes
 from slipstream.trainer.config import load_settings, model_folder
-from slipstream.trainer.errors import ConfigError
+from slipstream.trainer.errors import ClusterError, ConfigError
 from slipstream.trainer.model_shape import read_model_shape
-from slipstream.trainer.node_probe import NodeProbe, folder_digest
+from slipstream.trainer.node_probe import NodeProbe, auth_mode, folder_digest
 
 ANSWER_TIMEOUT_S = 60.0
 REACH_TIMEOUT_S = 5.0
@@ -87,13 +87,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_cluster(settings: Settings) -> tuple[list[Node], list[str]]:
-    """Connects (or starts a local Ray), asks, and compares; ClusterError when there is no Ray to connect to.
+    """Connects (or starts a local Ray), asks, and compares; ClusterError when there is no Ray to connect to, or
+    when only some ask for a token.
 
     The nodes, this process before them as one without an address; and the problems, one line each.
     """
     import ray
 
     with connect(settings.cluster):
+        here, others = auth_mode(), node_auth_modes(ANSWER_TIMEOUT_S)
+        if mixed := [f"{address} ({mode})" for address, mode in others if mode != here]:
+            raise ClusterError(
+                f"RAY_AUTH_MODE={here} here, but not on {', '.join(mixed)}: in a mix nothing works reliably; allowed: "
+                "RAY_AUTH_MODE=token everywhere"
+            )
         nodes = _ask_nodes(settings)
         lacking = missing_resources(ray.cluster_resources(), settings.cluster)
     return nodes, find_problems(nodes, needs_of(settings)) + lacking

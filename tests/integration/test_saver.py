@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from slipstream.trainer.learner_group import LearnerCall, LearnerGroup
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 from slipstream.trainer.saver import CheckpointSaver
 from tests.learner_weights import weights_of_group
+from tests.processes import exposed, listening_sockets
 from tests.tiny_models import tiny_model
 
 TIMEOUT_S = 60.0
@@ -209,6 +211,14 @@ def test_a_full_disk_is_one_line_at_the_next_step_and_the_earlier_one_stays(
     assert "last complete: step_000001" in text
     assert latest(tmp_path) == tmp_path / "checkpoints/step_000001"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_a_local_ray_listens_on_loopback_only(learner: LearnerGroup) -> None:
+    """test_security.py looks at a whole job; this Ray is here anyway."""
+    sockets = listening_sockets(os.getpid())
+    assert any("raylet" in program for program, _ in sockets)
+    assert any("Learner" in program for program, _ in sockets)
+    assert exposed(sockets) == []
 
 
 def test_a_metric_that_is_not_there_is_said_once(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import pickle
@@ -22,8 +21,8 @@ from safetensors import safe_open
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.errors import ConfigError
 from slipstream.trainer.run_folder import resolve_job
+from tests.processes import exposed, listening_sockets
 from tests.tiny_models import tiny_model
-from tests.two_raylets import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("conf", "drafter", "experiments", "kernels", "rollout", "trainer")
@@ -42,7 +41,6 @@ JOB = [
     "run.name=seen",
 ]
 DEADLINE_S = 400.0
-LISTENING = "0A"
 
 
 @dataclass(frozen=True)
@@ -84,40 +82,15 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         shutil.rmtree(ray_dir, ignore_errors=True)
 
 
-def listening_sockets(root: int) -> set[tuple[str, str]]:
-    """(program, address) of every TCP socket that a process or its descendants listen on."""
-    owners = {}
-    for pid, title in {root: "driver", **descendants(root)}.items():
-        with contextlib.suppress(OSError):
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    owners[os.readlink(link)] = title
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTENING and (title := owners.get(f"socket:[{fields[9]}]")):
-                found.add((title, readable(fields[1].partition(":")[0])))
-    return found
-
-
-def readable(address: str) -> str:
-    """Of /proc's hexadecimal words in the machine's order; IPv4 in IPv6 as IPv4."""
-    words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
-    raw = b"".join(words)
-    if len(raw) == 16 and raw[:12] == bytes(10) + b"\xff\xff":
-        raw = raw[12:]
-    return ".".join(map(str, raw)) if len(raw) == 4 else raw.hex()
-
-
+@pytest.mark.slow  # a whole job
 def test_every_socket_of_a_local_job_is_on_loopback(seen: Seen) -> None:
     programs = {title for title, _ in seen.listening}
     assert any("gcs_server" in title for title in programs), "Ray's own servers were not seen"
     assert any("StreamingWorker" in title for title in programs), "the workers' servers were not seen"
-    exposed = [entry for entry in seen.listening if not entry[1].startswith("127.") and entry[1] != "0" * 31 + "1"]
-    assert exposed == []
+    assert exposed(seen.listening) == []
 
 
+@pytest.mark.slow  # a whole job
 def test_no_secret_is_written_anywhere(seen: Seen) -> None:
     files = [path for folder in (seen.run_dir, seen.ray_dir) for path in folder.rglob("*") if path.is_file()]
     assert any("wandb" in path.parts for path in files)
@@ -129,6 +102,7 @@ def test_no_secret_is_written_anywhere(seen: Seen) -> None:
     assert not [name for name, value in SECRETS.items() if value in seen.output]
 
 
+@pytest.mark.slow  # a whole job
 def test_a_checkpoint_holds_no_format_that_can_run_code(seen: Seen) -> None:
     files = [path for path in seen.run_dir.joinpath("checkpoints").rglob("*") if path.is_file()]
     assert sum(path.suffix == ".safetensors" for path in files) == 4

@@ -53,7 +53,7 @@ def one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def test_a_job_over_two_nodes_gives_the_tokens_of_one_node(nodes: TwoRaylets, tmp_path: Path) -> None:
-    command = [*nodes.prefixes[0], *SLIPSTREAM, "train", *JOB, *ONE_WORKER_PER_NODE, "run.name=two"]
+    command = [*nodes.prefix, *SLIPSTREAM, "train", *JOB, *ONE_WORKER_PER_NODE, "run.name=two"]
     with open(tmp_path / "log", "wb") as log:
         job = subprocess.Popen(
             [*command, f"cluster.address={nodes.address}"],
@@ -93,13 +93,12 @@ def test_a_job_over_two_nodes_gives_the_tokens_of_one_node(nodes: TwoRaylets, tm
 
 def test_the_check_knows_both_nodes_and_finds_nothing(nodes: TwoRaylets, tmp_path: Path) -> None:
     check = [*SLIPSTREAM, "cluster", "check", f"cluster.address={nodes.address}", *ONE_WORKER_PER_NODE]
-    for node in (0, 1) if nodes.apart else (0,):
-        done = nodes.run(check, tmp_path, node)
-        assert done.returncode == 0, done.stdout + done.stderr
-        rows = [line for line in done.stdout.splitlines() if line.startswith(nodes.addresses)]
-        assert len(rows) == 2, done.stdout
-        assert all(" token " in row and row.endswith(" ok") for row in rows)
-        assert "2 nodes: all of them can run the job" in done.stdout
+    done = nodes.run(check, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(nodes.addresses)]
+    assert len(rows) == 2, done.stdout
+    assert all(" token " in row and row.endswith(" ok") for row in rows)
+    assert "2 nodes: all of them can run the job" in done.stdout
     assert list(tmp_path.iterdir()) == [], "a check leaves nothing behind"
     assert Path(nodes.environment["RAY_AUTH_TOKEN_PATH"]).read_text() not in done.stdout + done.stderr
 
@@ -123,8 +122,6 @@ def test_without_the_token_nobody_comes_in(nodes: TwoRaylets, tmp_path: Path) ->
 
 def test_a_ray_that_asks_for_no_token_is_refused(tmp_path: Path) -> None:
     with two_raylets(NODE_CPUS, authenticated=False) as nodes:
-        if not nodes.apart:
-            return  # on loopback nobody else comes near it
         train = [*SLIPSTREAM, "train", *JOB, *ONE_WORKER_PER_NODE, f"cluster.address={nodes.address}"]
         one_line(nodes.run(train, tmp_path), nodes.address, "RAY_AUTH_MODE=disabled", "cluster.allow_unauthenticated")
         # A token on this side alone protects nobody: the nodes are asked.
@@ -132,9 +129,9 @@ def test_a_ray_that_asks_for_no_token_is_refused(tmp_path: Path) -> None:
         one_line(done, "token authentication is off on", f"{nodes.addresses[1]} (disabled)")
         check = [*SLIPSTREAM, "cluster", "check", *ONE_WORKER_PER_NODE, f"cluster.address={nodes.address}"]
         done = nodes.run(check, tmp_path, RAY_AUTH_MODE="token")
-        assert done.returncode == 1
-        for address in nodes.addresses:
-            assert f"{address}: RAY_AUTH_MODE=disabled; allowed: token, or" in done.stdout
+        one_line(
+            done, "RAY_AUTH_MODE=token here, but not on", *(f"{address} (disabled)" for address in nodes.addresses)
+        )
         assert not list(tmp_path.glob("runs/*/rollouts.jsonl"))
         allowed = nodes.run([*train, "cluster.allow_unauthenticated=true", "algo.num_steps=1"], tmp_path)
         assert allowed.returncode == 0, allowed.stdout + allowed.stderr
