@@ -1,8 +1,8 @@
 """Two Ray nodes on one machine, with token authentication on.
 
 Where the machine allows (root, and a kernel with network namespaces) each node has a network and an address of its own,
-joined by a virtual cable; elsewhere both share the machine's. Drivers belong on the head: Ray looks for their node among
-the processes that it sees, and the nodes still share those.
+joined by a virtual cable; elsewhere both share the machine's. Drivers belong on the head: Ray looks for their node
+among the processes that it sees, and the nodes still share those.
 """
 
 from __future__ import annotations
