@@ -30,11 +30,6 @@ HEDGE = 0.4
 and the policy moves. Chosen on replays of the quickstart's task."""
 
 
-def hedged(chances: np.ndarray, num_live: np.ndarray | int) -> np.ndarray:
-    """[B] estimated chances to finish last, mixed with equal ones."""
-    return (1.0 - HEDGE) * chances + HEDGE / np.maximum(num_live, 1)
-
-
 class BudgetPolicy(Protocol):
     """Prices draft tokens for the live batch."""
 
@@ -169,7 +164,7 @@ class PriceBudget:
         step = cost.cost if cost is not None else StepCost(32.0, 0.0, 0.0, 1.0)
         queued = 0.0 if lengths is None else lengths.num_queued
         num_live = len(live) if lengths is None else lengths.num_live()
-        chances = hedged(self._chances(live, lengths), num_live)
+        chances = (1.0 - HEDGE) * self._chances(live, lengths) + HEDGE / np.maximum(num_live, 1)
         speed, width = (1.0, 0.0) if lengths is None else (lengths.speed, lengths.width)
         threshold = least_probability(step, chances, num_live, queued, speed, width)
         depth = np.full(len(live), self.max_draft_tokens, np.float64)

@@ -10,8 +10,7 @@ import numpy as np
 
 from slipstream.drafter.base import LiveBatch, Price
 from slipstream.rollout.acceptance import AcceptanceModel
-from slipstream.rollout.asking import Asking
-from slipstream.rollout.budget import BudgetPolicy, PriceBudget, hedged
+from slipstream.rollout.budget import BudgetPolicy, PriceBudget
 from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.finish_last import LastCalibration
 from slipstream.rollout.guard import Guard
@@ -41,7 +40,6 @@ class Pricing:
         self.cost = CostModel() if cost is None else cost
         self.guard = guard
         self.calibration = LastCalibration()
-        self.asking = Asking()
         self._tables = np.zeros((num_slots, NUM_BINS + 1), np.float32)
         self._initial = np.full(num_slots, UNKNOWN)
         self._uid = np.full(num_slots, -1, np.int64)
@@ -73,9 +71,6 @@ class Pricing:
             self._price, self._age = self._new_price(budget, live, table, num_queued, acceptance), 0
             self._budget = budget
         self._live, price = live, self._price
-        if isinstance(budget, PriceBudget) and self.cost.trusted and not self.asking.pays(len(live)):
-            self._measured = False
-            return Price(np.zeros_like(price.max_draft), price.min_accept_prob)
         if self.guard is None or not (price.max_draft > 0).any():
             self._measured = False
             return price
@@ -114,16 +109,9 @@ class Pricing:
                 self._uid[slots[i]] = uids[i]
 
     def account(
-        self,
-        budget: BudgetPolicy | None,
-        table: SlotTable,
-        plan: StepPlan,
-        counts: np.ndarray,
-        seconds: float,
-        asking_s: float = 0.0,
+        self, budget: BudgetPolicy | None, table: SlotTable, plan: StepPlan, counts: np.ndarray, seconds: float
     ) -> None:
-        """A step is done and its finished requests have left. counts: [R'] tokens gained by plan.sampling_slots;
-        asking_s: of `seconds`, what the drafter took to draft, 0 where it was not asked."""
+        """A step is done and its finished requests have left. counts: [R'] tokens gained by plan.sampling_slots."""
         self._steps += 1
         # A slot keeps its numbers until it is taken again.
         self.cost.observe(len(plan.live_slots), int(table.cached[plan.live_slots].sum()), len(plan.token_ids), seconds)
@@ -131,10 +119,6 @@ class Pricing:
             return
         accepted = np.maximum(counts - 1, 0)
         budget.observe(plan.draft_counts, accepted)
-        if asking_s > 0.0 and isinstance(budget, PriceBudget) and self.cost.trusted:
-            cost, chances = self.cost.cost, hedged(self._chances[plan.draft_rows], len(self._chances))
-            saved_s = cost.base * float(chances @ accepted)
-            self.asking.observe(saved_s - cost.tok * float((plan.draft_counts - accepted).sum()), asking_s)
         if len(counts):
             self._drafted += (1.0 - FADE_PER_STEP) * (float(plan.draft_counts.mean()) - self._drafted)
             self._accepted += (1.0 - FADE_PER_STEP) * (float(accepted.mean()) - self._accepted)
@@ -147,5 +131,4 @@ class Pricing:
     def metrics(self) -> dict[str, float]:
         """Everything measured so far, under das/."""
         guard = {} if self.guard is None else self.guard.metrics()
-        skipped = {"das/steps_not_asked": float(self.asking.num_skipped)}
-        return self.cost.metrics() | self.calibration.metrics() | guard | skipped
+        return self.cost.metrics() | self.calibration.metrics() | guard

@@ -182,7 +182,7 @@ class TorchEngine:
         if not len(self.table.order):
             return refused
         drafting_from = time.perf_counter()
-        price, asking_s = self._propose()
+        price = self._propose()
         drafted_at = time.perf_counter()
         plan = plan_step(self.table, self._drafts, price, self.max_forward_tokens)
         self.runner.launch(plan, self.table.sampling_rows(plan.sampling_slots))
@@ -198,15 +198,14 @@ class TorchEngine:
         draft_s = drafted_at - drafting_from + extend_s
         total_s = time.perf_counter() - started
         self._account(plan, draft_s, result.forward_s, result.sample_s, total_s)
-        self.pricing.account(self.budget, self.table, plan, verified.count, total_s, asking_s)
+        self.pricing.account(self.budget, self.table, plan, verified.count, total_s)
         return done
 
-    def _propose(self) -> tuple[Price | None, float]:
-        """The price of this step, and how long the drafter was asked."""
+    def _propose(self) -> Price | None:
         slots = self.table.order
         self._drafts.clear(len(slots))
         if self.drafter is None or self.budget is None:
-            return None, 0.0
+            return None
         live = self.table.live_batch(slots)
         price = self.pricing.price(self.budget, live, self.table, len(self._queue), self._observed.model)
         pending = self.table.length[slots] - self.table.cached[slots]
@@ -214,14 +213,11 @@ class TorchEngine:
         np.clip(limit, 0, self.max_draft_tokens, out=limit)
         branching = price.branching if self.kernels.trees else None
         price = Price(limit.astype(np.int32), price.min_accept_prob, branching)
-        if not limit.any():
-            return price, 0.0
-        self._extend_late()
-        asked_from = time.perf_counter()
-        self.drafter.propose(live, price, self._drafts)
-        asking_s = time.perf_counter() - asked_from
-        self._stats.invalid_drafts += cut_invalid_drafts(self._drafts, len(slots), self.vocab_size)
-        return price, asking_s
+        if limit.any():
+            self._extend_late()
+            self.drafter.propose(live, price, self._drafts)
+            self._stats.invalid_drafts += cut_invalid_drafts(self._drafts, len(slots), self.vocab_size)
+        return price
 
     def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
         """Writes the new tokens; returns the finish code of every sampling slot."""
