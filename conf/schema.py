@@ -162,7 +162,7 @@ class BudgetConfig(Strict):
         default_factory=list, description="Sizes that the engine rounds the tokens of a pass up to; empty: none."
     )
     branching: PositiveInt = Field(
-        3, description="price: continuations of a draft token that may be verified side by side; 1: chains only."
+        1, description="price: continuations of a draft token that may be verified side by side; 1: chains only."
     )
     guard: bool = Field(True, description="Measure the gain with some steps held out; drafting that loses stops.")
 

@@ -150,7 +150,7 @@ class PriceBudget:
     """
 
     def __init__(
-        self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = (), branching: int = 3
+        self, max_draft_tokens: int, estimates: bool = True, widths: Sequence[int] = (), branching: int = 1
     ) -> None:
         self.max_draft_tokens, self.estimates, self.widths = max_draft_tokens, estimates, tuple(widths)
         self.branching = branching

@@ -291,6 +291,6 @@ def test_a_tree_teaches_what_its_children_were_worth() -> None:
 def test_trees_where_the_price_is_low() -> None:
     live = LiveBatch(*(np.arange(1, 3) for _ in range(4)))
     alone, many = LiveBatch(*(np.arange(1, 2),) * 4), LiveBatch(*(np.arange(1, 65),) * 4)
-    assert PriceBudget(8).price(alone).branching.tolist() == [3]
-    assert PriceBudget(8, branching=1).price(live).branching is None
-    assert PriceBudget(8).price(many).branching is None
+    assert PriceBudget(8, branching=3).price(alone).branching.tolist() == [3]
+    assert PriceBudget(8).price(live).branching is None
+    assert PriceBudget(8, branching=3).price(many).branching is None
