@@ -47,10 +47,7 @@ def join_group(
 ) -> DeviceMesh:
     """Waits until all ranks are there; the mesh of all of them. listener: on rank 0, the socket behind `address`."""
     host, port = address
-    interface = _interface(host)
-    if interface is not None:
-        # Without it both take whatever the host name resolves to, which may be an address open to everybody.
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+    _listen_only_on(host)
     if listener is None:
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=start_timeout_s))
     else:
@@ -66,7 +63,8 @@ def join_group(
 
 
 def group_of_one(device: str, call_timeout_s: float) -> DeviceMesh:
-    """A mesh of this process alone, which opens no port."""
+    """A mesh of this process alone. gloo listens even then: on loopback, where nobody else has business."""
+    _listen_only_on("127.0.0.1")
     return _mesh(dist.HashStore(), 0, 1, device, call_timeout_s)
 
 
@@ -79,6 +77,13 @@ def _mesh(store: dist.Store, rank: int, num_ranks: int, device: str, timeout_s: 
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     return init_device_mesh(device, (num_ranks,))
+
+
+def _listen_only_on(host: str) -> None:
+    """Without it gloo and nccl take whatever the host name resolves to, which may be an address open to everybody."""
+    interface = _interface(host)
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
 
 
 def _interface(host: str) -> str | None:

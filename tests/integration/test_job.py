@@ -162,13 +162,9 @@ def test_a_resume_without_the_drafters_log_is_one_line(tmp_path: Path, undisturb
     one_line(done, "step_000004 cannot be resumed", str(run_dir / "history"), "mkdir")
 
 
+@pytest.mark.slow  # whole jobs of what the pool's tests show without one
 @pytest.mark.parametrize(
-    "change",
-    [
-        ["cluster.num_workers=1", "drafter=ngram"],
-        pytest.param(["drafter=off", "engine.max_live_requests=5"], marks=pytest.mark.slow),
-    ],
-    ids=str,
+    "change", [["cluster.num_workers=1", "drafter=ngram"], ["drafter=off", "engine.max_live_requests=5"]], ids=str
 )
 def test_workers_and_drafters_change_no_token(change: list[str], tmp_path: Path, undisturbed: Path) -> None:
     run(tmp_path, "train", *SMALL, "run.name=other", *change)
