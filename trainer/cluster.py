@@ -66,7 +66,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
     else:
         options["address"] = cluster.address
     try:
-        with _loopback_only() if cluster.address is None else nullcontext():
+        with loopback_only() if cluster.address is None else nullcontext():
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"cluster.address={cluster.address}" if cluster.address else "local Ray"
@@ -83,7 +83,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _loopback_only() -> Iterator[None]:
+def loopback_only() -> Iterator[None]:
     """Lets a Ray that is started inside keep to loopback.
 
     Ray takes an address of loopback as a wish for the machine's own address in the network, unless its clusters are

@@ -192,10 +192,14 @@ def make_sender(spec: WeightSpec) -> Sender:
 
 
 def node_address() -> str:
-    """By which other nodes of the Ray cluster reach this one; loopback without a cluster."""
+    """By which other nodes of the Ray cluster know this one; loopback without a cluster."""
     import ray
 
-    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+    if not ray.is_initialized():
+        return "127.0.0.1"
+    # ray.util.get_node_ip_address names the machine's address in the network also where Ray keeps to loopback.
+    here = ray.get_runtime_context().get_node_id()
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
 
 
 def layout_of(parts: Mapping[Part, Tensors], block_bytes: int) -> Layout:

@@ -62,14 +62,17 @@ def local_ray(num_cpus: int, store_bytes: int) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    ray.init(
-        num_cpus=num_cpus,
-        object_store_memory=store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    from slipstream.trainer.cluster import LOOPBACK, loopback_only
+
+    with loopback_only():
+        ray.init(
+            num_cpus=num_cpus,
+            object_store_memory=store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=LOOPBACK,
+        )
     try:
         yield
     finally:

@@ -13,12 +13,14 @@ import pytest
 import ray
 import torch
 
+from slipstream.conf.cluster_config import ClusterConfig
 from slipstream.rollout.engine import EngineError
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Sampling
 from slipstream.rollout.weight_handle import Arrays, Frame, Payload, Share, WeightError, WeightHandle
 from slipstream.rollout.weight_receiver import WeightReceiver
 from slipstream.rollout.weight_store import StorePayload
+from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 from tests.tiny_models import tiny_model
 
@@ -32,9 +34,8 @@ Weights = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    yield
-    ray.shutdown()
+    with ray_cluster(ClusterConfig(num_workers=1)):
+        yield
 
 
 class Worker:
