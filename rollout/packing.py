@@ -94,7 +94,7 @@ def _write_drafts(table: SlotTable, slots: np.ndarray, drafts: DraftBatch, count
     table.tokens[slots[row_of], table.length[slots][row_of] + nth] = drafts.tokens[row_of, nth]
 
 
-def _plan_trees(
+def plan_trees(
     drafts: DraftBatch, rows: np.ndarray, counts: np.ndarray, logit_rows: np.ndarray, places: np.ndarray, pad: int
 ) -> TreePlan | None:
     """Of the sampled rows of a pass, `counts` draft tokens of each of these rows of the drafts; None for chains alone.
@@ -191,7 +191,7 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
     pad = -len(token_ids) % ROW_MULTIPLE
     tree = None
     if price is not None and price.branching is not None and drafted:
-        tree = _plan_trees(drafts, sampling, counts[sampling], logit_rows, positions, pad)
+        tree = plan_trees(drafts, sampling, counts[sampling], logit_rows, positions, pad)
     return StepPlan(
         token_ids=np.concatenate([token_ids, np.zeros(pad, np.int64)]),
         slots=np.concatenate([row_slots, np.full(pad, table.num_slots, np.int64)]),

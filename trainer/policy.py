@@ -41,7 +41,7 @@ from slipstream.trainer.sharding import (
     whole,
     whole_weights,
 )
-from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights, node_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +111,7 @@ class PolicyLearner:
 
     def listen(self, host: str | None) -> tuple[str, int]:
         """Rank 0: (host, port) of the rendezvous; None takes the address by which Ray knows this node."""
-        if host is None:
-            import ray
-
-            here = ray.get_runtime_context().get_node_id()
-            host = next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == here)
+        host = node_address() if host is None else host
         self._listener = listen(host)
         return host, self._listener.getsockname()[1]
 

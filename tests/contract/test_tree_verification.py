@@ -17,7 +17,7 @@ from slipstream.kernels import reference
 from slipstream.kernels.dispatch import NativeKernels, ReferenceKernels
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import FixedBudget, PriceBudget
-from slipstream.rollout.packing import _plan_trees
+from slipstream.rollout.packing import plan_trees
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Rollout
 from tests.contract.test_engine import make_requests, run
@@ -258,7 +258,7 @@ def test_the_plan_knows_depths_and_parents(seed: int) -> None:
         drafts.parents[row, :count] = [rng.integers(-1, node) if node else -1 for node in range(count)]
     starts = rng.integers(0, 50, size=3)
     places = np.concatenate([start + np.arange(count + 1) for start, count in zip(starts, counts, strict=True)])
-    plan = _plan_trees(drafts, np.arange(3), counts, np.arange(len(places)), places, pad=2)
+    plan = plan_trees(drafts, np.arange(3), counts, np.arange(len(places)), places, pad=2)
     first = np.cumsum(counts + 1) - counts - 1
     is_chain = all((drafts.parents[row, :count] == np.arange(-1, count - 1)).all() for row, count in enumerate(counts))
     assert (plan is None) == is_chain

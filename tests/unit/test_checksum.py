@@ -37,16 +37,14 @@ def test_the_twins_agree(size: int, block_bytes: int, seed: int) -> None:
     np.testing.assert_array_equal(block_checksums(tensor, block_bytes), expected)
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
-def test_instruction_sets_and_threads_agree(isa: str) -> None:
+def test_instruction_sets_and_threads_agree() -> None:
     data = some_bytes((20 << 20) + 13)
     expected = block_checksums(torch.from_numpy(data), 100_000)
-    out = np.empty_like(expected)
-    try:
+    names = ("plain", "avx2", "avx512")
+    for isa in names[: names.index(_native.Context(1).isa) + 1]:
+        out = np.empty_like(expected)
         _native.block_checksums(data, 100_000, out, isa)
-    except ValueError:
-        pytest.skip(f"this machine has no {isa}")
-    np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(block_checksums(torch.from_numpy(data), 100_000, num_threads=3), expected)
 
 
