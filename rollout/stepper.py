@@ -52,9 +52,15 @@ class EngineStepper:
 
     # ---- from any thread
 
-    def submit(self, requests: Sequence[Request], timeout_s: float) -> None:
-        """Queues requests behind those that wait."""
-        self.call(lambda: self._engine.submit(requests), f"queueing {len(requests)} requests", timeout_s)
+    def submit(self, requests: Sequence[Request], timeout_s: float, first: Callable[[], None] | None = None) -> None:
+        """Queues requests behind those that wait. first: done just before, between the same two steps."""
+
+        def queue() -> None:
+            if first is not None:
+                first()
+            self._engine.submit(requests)
+
+        self.call(queue, f"queueing {len(requests)} requests", timeout_s)
 
     def abort(self, uids: Iterable[int], timeout_s: float) -> None:
         """Takes requests out; what they have comes back from `poll` with finish "abort"."""

@@ -1,7 +1,7 @@
 """The rollout worker of the pools: takes requests and gives rollouts at any time, weights change in between.
 
 Invariants: as those of rollout.worker and rollout.stepper; the engine and the drafter are touched by the stepper's
-thread alone once the first request came, a whole `generate` too.
+thread alone once the first request came.
 """
 
 from __future__ import annotations
@@ -61,11 +61,7 @@ class StreamingWorker(RolloutWorker):
 
     def submit(self, requests: list[Request], speculate: bool, timeout_s: float) -> None:
         """Queues requests; their rollouts come from `poll`. speculate: drafting on or off, from now on."""
-        self._stepper.call(lambda: self._submit(requests, speculate), f"queueing {len(requests)} requests", timeout_s)
-
-    def _submit(self, requests: list[Request], speculate: bool) -> None:
-        self.speculate(speculate)
-        self._engine.submit(requests)
+        self._stepper.submit(requests, timeout_s, lambda: self.speculate(speculate))
 
     def poll(self, wait_s: float, at_least: int) -> list[Rollout]:
         """What finished since the last call; waits up to `wait_s` for `at_least` rollouts."""

@@ -24,8 +24,6 @@ from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learner_names
 
 PEERS_S = 5.0
 """How long the others have to fail as well: who lost a connection is heard of before who died."""
-LOOPBACK = "127.0.0.1"
-"""Where learners of a local Ray meet: nobody else has business there."""
 ALIVE_S = 3.0
 """How long a late learner has to answer anything at all."""
 
@@ -116,7 +114,7 @@ class LearnerGroup:
             refs = [handles[0].ready.remote()]
         else:
             # The address goes from rank 0 to the others without the driver waiting for it.
-            address = handles[0].listen.remote(LOOPBACK if cluster.address is None else None)
+            address = handles[0].listen.remote()
             refs = [handle.join.remote(address) for handle in handles]
         self._ready = LearnerCall(self, "start", dict(zip(self.ranks, refs, strict=True)), cluster.start_timeout_s)
 

@@ -109,9 +109,9 @@ class PolicyLearner:
 
     # ---- start
 
-    def listen(self, host: str | None) -> tuple[str, int]:
-        """Rank 0: (host, port) of the rendezvous; None takes the address by which Ray knows this node."""
-        host = node_address() if host is None else host
+    def listen(self) -> tuple[str, int]:
+        """Rank 0: (host, port) of the rendezvous, where Ray knows this node: on loopback in a local Ray."""
+        host = node_address()
         self._listener = listen(host)
         return host, self._listener.getsockname()[1]
 
