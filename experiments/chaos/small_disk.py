@@ -6,6 +6,7 @@ without, `full` is answered by a limit on the size of files, and `kind` says so.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 DISK_BYTES = 96 << 20
 FILLER = "filler"
+FILL_ATTEMPTS = 100
 
 
 class SmallDisk:
@@ -37,14 +39,26 @@ class SmallDisk:
     def fill(self, room: int, pids: Iterable[int]) -> None:
         """Leaves `room` bytes; where nothing is mounted, files that `pids` write stay below that size."""
         if self._mounted:
-            free = shutil.disk_usage(self.folder).free - room
-            with (self.folder / FILLER).open("wb") as file:
-                if free > 0:
-                    os.posix_fallocate(file.fileno(), 0, free)
+            self._fill_up(room)
             return
         for pid in pids:
             self._limited.append(pid)
             _limit_files(pid, room)
+
+    def _fill_up(self, room: int) -> None:
+        with (self.folder / FILLER).open("wb") as file:
+            # The job writes meanwhile: what was free when it was asked may not be when it is taken.
+            for _ in range(FILL_ATTEMPTS):
+                free = shutil.disk_usage(self.folder).free - room
+                if free <= 0:
+                    return
+                try:
+                    os.posix_fallocate(file.fileno(), 0, free)
+                    return
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+        raise RuntimeError(f"{self.folder} could not be filled up to {room} bytes in {FILL_ATTEMPTS} attempts")
 
     def free(self) -> None:
         """Ends `fill`."""
