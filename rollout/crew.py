@@ -220,6 +220,9 @@ class Crew:
     def update_policy(self, refs: Mapping[Worker, Any], handle: WeightHandle, what: str, timeout_s: float) -> None:
         """Waits until all serve the version, which newcomers are given from now on; PoolError where one does not."""
         self.briefing.weights = handle
+        # Whoever came to serve while the others prepared was started with the version before.
+        late = [worker for worker in self.roster.holding() if worker not in refs]
+        refs = {**refs, **{worker: worker.handle.update_policy.remote(handle, timeout_s) for worker in late}}
         served = self.gather(refs, what, timeout_s)
         check_served({worker.name: version for worker, version in served.items()}, handle)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from slipstream.conf.schema import Settings
 from slipstream.drafter.base import HistoryRecord
+from slipstream.rollout.actors import PoolError
 from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.pool import RolloutPool
@@ -90,6 +91,7 @@ class SyncSource:
     def __init__(self, pool: RolloutPool, context: SourceContext) -> None:
         self._pool, self._context = pool, context
         self._cluster = context.settings.cluster
+        self._version = 0
 
     def collect(self, step: int) -> Collected:
         """Generates, then scores."""
@@ -101,6 +103,7 @@ class SyncSource:
         result = self._pool.generate(requests, context.state.predicted_lengths, self._cluster.rollout_timeout_s)
         generated = time.perf_counter()
         context.watchdog.progress(f"{len(result.rollouts)} rollouts of step {step}")
+        self._check_on_policy(result.rollouts)
         scores = [
             score_rollout(prompts[rollout.request.group], rollout, context.scorer, context.tokenizer)
             for rollout in result.rollouts
@@ -114,6 +117,14 @@ class SyncSource:
         }
         epoch = context.order.epoch(step)
         return Collected(scored, result.stats, result.observed, generated - started, epoch, metrics)
+
+    def _check_on_policy(self, rollouts: list[Rollout]) -> None:
+        stale = [rollout for rollout in rollouts if (rollout.policy_versions != self._version).any()]
+        if stale:
+            raise PoolError(
+                f"{len(stale)} rollouts hold tokens of another version than {self._version}, the first one "
+                f"(uid {stale[0].request.uid}) of {sorted(set(stale[0].policy_versions.tolist()))}"
+            )
 
     def replay(self, rollouts: list[Rollout]) -> list[Rollout]:
         """The same requests once more with drafting off, under the same weights."""
@@ -129,7 +140,9 @@ class SyncSource:
 
     def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
         """All workers serve the handle's version afterwards."""
-        return self._pool.update_policy(handle, self._cluster.update_timeout_s).metrics()
+        metrics = self._pool.update_policy(handle, self._cluster.update_timeout_s).metrics()
+        self._version = handle.version
+        return metrics
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """All drafters have rolled afterwards."""

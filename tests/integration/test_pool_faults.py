@@ -327,6 +327,25 @@ def test_workers_join_and_leave_while_a_stream_runs(cluster: None, requests: lis
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [RolloutPool, StreamingPool])
+def test_whoever_comes_in_the_middle_of_an_update_gets_it(
+    kind: type[RolloutPool], cluster: None, requests: list[Request], weights: Any
+) -> None:
+    """A worker begins to serve the old version while another one still prepares the new one."""
+    stopped, newcomer = "rollout worker 0", "rollout worker 2"
+    with pool_of(kind) as pool:
+        pool.update_policy(handle_of(weights, 2), DEADLINE_S)
+        pool.add_worker()
+        os.kill(pid_of(pool, stopped), signal.SIGSTOP)
+        serves = once(lambda: pool._crew.roster.named(newcomer).state == "serving", send(pool, stopped, signal.SIGCONT))
+        with serves:
+            pool.update_policy(handle_of(weights, 3), DEADLINE_S)
+        rollouts = pool.generate(requests, {}, DEADLINE_S).rollouts
+        assert {int(v) for rollout in rollouts for v in rollout.policy_versions} == {3}
+        assert pool.metrics()["pool/deaths"] == 0
+
+
+@pytest.mark.slow
 def test_a_builder_that_dies_has_a_successor(cluster: None, requests: list[Request]) -> None:
     with pool_of(RolloutPool, num_workers=3) as pool:
         assert pool.share_indexes(DEADLINE_S) == 2
