@@ -15,10 +15,12 @@ from slipstream.conf.base import Strict
 class WeightsConfig(Strict):
     """How new weights come from the learner to the rollout workers."""
 
-    transport: Literal["object_store", "disk", "broadcast"] = Field(
-        "object_store",
-        description="object_store: Ray's, mapped by all workers of a node; disk: safetensors on a shared folder; "
-        "broadcast: nccl between GPUs, gloo between CPUs.",
+    transport: Literal["auto", "shared_memory", "object_store", "disk", "broadcast"] = Field(
+        "auto",
+        description="shared_memory: one copy, which the workers of the learner's node read while it is made and map; "
+        "object_store: Ray's, mapped by all workers of a node; disk: safetensors on a shared folder; broadcast: nccl "
+        "between GPUs, gloo between CPUs. auto: shared_memory in a Ray of the job's own, where there is memory for "
+        "three versions and weights.delta is off; else object_store.",
     )
     delta: bool = Field(False, description="Send only the blocks that changed; a late worker gets a whole version.")
     block_bytes: int = Field(
@@ -34,6 +36,10 @@ class WeightsConfig(Strict):
     def _cross_checks(self) -> WeightsConfig:
         if self.delta and not self.verify:
             raise ValueError("weights.verify=false with weights.delta=true; changes need weights.verify=true")
+        if self.delta and self.transport == "shared_memory":
+            raise ValueError(
+                "weights.transport=shared_memory with weights.delta=true; changes need object_store, disk or broadcast"
+            )
         if self.folder is not None and self.transport != "disk":
             raise ValueError(
                 f"weights.folder={self.folder} with weights.transport={self.transport}; allowed: weights.transport=disk"

@@ -27,6 +27,7 @@ from slipstream.rollout.health import Health, Patience
 from slipstream.rollout.roster import PoolLimits, Roster, Worker, worker_name
 from slipstream.rollout.sharing import IndexSharing
 from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_receiver import REPLACED
 from slipstream.rollout.weight_update import WeightUpdate, check_served, prepare_workers
 
 Errand = Generator[Any, Any, None]
@@ -120,8 +121,10 @@ class Crew:
             if path != worker.folder and path:
                 yield from self._join(worker, path)
             elif (weights := self.briefing.weights) is not None and version != weights.version:
-                version = weights.version
                 served = yield worker.handle.update_policy.remote(weights, self._limits.start_timeout_s)
+                if served == REPLACED and self.briefing.weights is not weights:
+                    continue
+                version = weights.version
                 check_served({worker.name: served}, weights)
             elif told is not None:
                 records, learned = ray.put(told.records), ray.put(told.learned)

@@ -17,7 +17,8 @@ from slipstream.rollout.guard import GuardState
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.weight_handle import Share, WeightHandle
+from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_receiver import REPLACED
 from slipstream.rollout.worker import RolloutWorker, WorkerSpec
 
 
@@ -90,9 +91,9 @@ class StreamingWorker(RolloutWorker):
         return self.swap_policy(handle, "continue", timeout_s, vouched)
 
     def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float, vouched: bool = False) -> int:
-        """Serves the handle's version, from between two engine steps on; returns it."""
-        if not vouched:
-            self._receiver.prepare(handle, Share(), timeout_s)
+        """Serves the handle's version, from between two engine steps on; returns it, or REPLACED, as update_policy."""
+        if not vouched and not self._receiver.prepare_alone(handle, timeout_s):
+            return REPLACED
         version = handle.version
         return self._stepper.update_policy(lambda: self._receiver.commit(version), version, in_flight, timeout_s)
 

@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -28,6 +29,10 @@ Arrays = Mapping[str, torch.Tensor]
 
 class WeightError(EngineError):
     """Weights that cannot be served: lost, torn, corrupt, or of another model. What was served before still is."""
+
+
+class WeightsReplaced(WeightError):
+    """A newer version has taken the place of the one that the handle names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +87,24 @@ class Layout:
         return (len(blocks) - 1) * self.block_bytes + min(self.block_bytes, size - last * self.block_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The nth of `of` equal parts of the blocks: the workers of a node look at one each."""
+
+    nth: int = 0
+    of: int = 1
+
+    def limits(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of `count` blocks."""
+        return count * self.nth // self.of, count * (self.nth + 1) // self.of
+
+
 class Payload(Protocol):
     """Where the bytes of a frame are. Travels to every worker, so it is small.
 
     same_pages: all workers of a node map the same memory, so that one look at it is enough for all of them.
-    adoptable: what `receive` returns is never written by anybody while it is referenced.
+    adoptable: what `receive` returns is never written by anybody while it is referenced. verifies: `receive` compares
+    the share's blocks with their checksums, the frame holds none.
     """
 
     @property
@@ -97,8 +115,12 @@ class Payload(Protocol):
     def adoptable(self) -> bool:
         """See above."""
 
-    def receive(self, timeout_s: float) -> Arrays:
-        """The bytes; WeightError when they are lost, torn or late."""
+    @property
+    def verifies(self) -> bool:
+        """See above."""
+
+    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
+        """The bytes; WeightError when they are lost, torn or late. share, verify: for payloads that verify."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +170,6 @@ class Held:
     digest: int
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The nth of `of` equal parts of the blocks: the workers of a node look at one each."""
-
-    nth: int = 0
-    of: int = 1
-
-    def limits(self, count: int) -> tuple[int, int]:
-        """First and last + 1 of `count` blocks."""
-        return count * self.nth // self.of, count * (self.nth + 1) // self.of
-
-
 def digest_of(checksums: np.ndarray) -> int:
     """One number for all blocks: the checksum of their checksums."""
     data = torch.from_numpy(np.ascontiguousarray(checksums).view(np.uint8))
@@ -169,6 +179,16 @@ def digest_of(checksums: np.ndarray) -> int:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's memory, flat uint8; a copy only where it does not lie in one piece."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+# torch has no read-only tensors. What is mapped is read by models, or copied, and never written: whoever adopts it
+# makes a copy before any change (see WeightTable).
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+
+
+def mapped_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor over memory that others map too. Nobody may write to it."""
+    return torch.from_numpy(array)
 
 
 def check_arrays(layout: Layout, frame: Frame, arrays: Arrays) -> None:

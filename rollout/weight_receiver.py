@@ -24,6 +24,7 @@ from slipstream.rollout.weight_handle import (
     Share,
     WeightError,
     WeightHandle,
+    WeightsReplaced,
     advance,
     check_arrays,
     verify_blocks,
@@ -52,6 +53,10 @@ class _Prepared:
     held: Held | None
 
 
+REPLACED = -1
+"""What a worker answers that was told to serve a version which is not to be had any more."""
+
+
 class WeightReceiver:
     """One engine's end of the transfer. node: a name that workers with the same memory have in common."""
 
@@ -68,20 +73,28 @@ class WeightReceiver:
         shapes = {spec.name: spec.shape for spec in layout.tensors if spec.part == "policy"}
         self._engine.check_policy(shapes, version)
         frames = handle.frames_after(self._held)
-        arrays = tuple(frame.payload.receive(timeout_s) for frame in frames)
+        arrays = tuple(frame.payload.receive(timeout_s, share, handle.verify) for frame in frames)
         whole = bool(frames) and frames[0].blocks is None
         held = None
         for frame, received in zip(frames, arrays, strict=True):
             check_arrays(layout, frame, received)
             if not frame.payload.same_pages:
                 share = Share()
-        if handle.verify:
+        if handle.verify and not any(frame.payload.verifies for frame in frames):
             held = advance(layout, None if whole else self._held, frames)
             for frame, received in zip(frames, arrays, strict=True):
                 verify_blocks(layout, frame, received, *share.limits(len(frame.checksums)), self._num_threads)
         self._prepared = _Prepared(handle, frames, arrays, held)
         num_bytes = sum(frame.num_bytes for frame in frames)
         return Receipt(self._node(), version, len(frames), num_bytes, whole, share, time.perf_counter() - started)
+
+    def prepare_alone(self, handle: WeightHandle, timeout_s: float) -> bool:
+        """As `prepare` for a worker that nobody vouches for; False: a newer version has taken the handle's place."""
+        try:
+            self.prepare(handle, Share(), timeout_s)
+        except WeightsReplaced:
+            return False
+        return True
 
     def commit(self, version: int) -> int:
         """Serves what was prepared; the version. Only between two engine steps, and only if all of it is verified."""

@@ -6,7 +6,6 @@ arrays keeps the object's memory from being used again; nobody can write to them
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,11 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from slipstream.rollout.weight_handle import Arrays, WeightError, as_bytes
-
-# torch has no read-only tensors. What comes from here is read by models, or copied, and never written: whoever adopts
-# it makes a copy before any change (see WeightTable).
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+from slipstream.rollout.weight_handle import Arrays, Share, WeightError, as_bytes, mapped_tensor
 
 
 @dataclass(frozen=True)
@@ -29,15 +24,16 @@ class StorePayload:
     ref: Any
     same_pages: ClassVar[bool] = True
     adoptable: ClassVar[bool] = True
+    verifies: ClassVar[bool] = False
 
-    def receive(self, timeout_s: float) -> Arrays:
+    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
         """The arrays, in the memory of this node's store."""
         try:
             arrays = ray.get(self.ref, timeout=timeout_s)
         except RayError as error:
             reason = " ".join(str(error).split())[:300]
             raise WeightError(f"weights in Ray's object store: {type(error).__name__}: {reason}") from error
-        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        return {key: mapped_tensor(array) for key, array in arrays.items()}
 
 
 def put_tensors(tensors: Mapping[str, torch.Tensor]) -> StorePayload:

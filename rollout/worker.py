@@ -29,7 +29,7 @@ from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.weight_handle import Share, WeightHandle
-from slipstream.rollout.weight_receiver import Receipt, WeightReceiver
+from slipstream.rollout.weight_receiver import REPLACED, Receipt, WeightReceiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,10 @@ class RolloutWorker:
 
     def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
         """Serves the handle's version; returns it. vouched: prepare_policy was called before, and all shares are
-        verified; else everything is fetched and verified here, as for a worker that comes late."""
-        if not vouched:
-            self._receiver.prepare(handle, Share(), timeout_s)
+        verified; else everything is fetched and verified here, as for a worker that comes late, which gets REPLACED
+        when a newer version has taken the place of the handle's."""
+        if not vouched and not self._receiver.prepare_alone(handle, timeout_s):
+            return REPLACED
         return self._receiver.commit(handle.version)
 
     def publish(

@@ -278,5 +278,6 @@ def learner_spec(settings: Settings, model_path: str, run_dir: Path) -> LearnerS
             num_threads=settings.cluster.threads_for_learner,
             backend="nccl" if min(settings.cluster.gpus_for_learner, settings.cluster.gpus_per_worker) > 0 else "gloo",
             num_receivers=settings.cluster.num_workers,
+            one_node=settings.cluster.address is None,
         ),
     )

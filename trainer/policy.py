@@ -169,6 +169,7 @@ class PolicyLearner:
 
     def update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         """One training step: `num_updates_per_step` optimiser updates over the samples; metrics in verl's names."""
+        self._publisher.settle()
         # Dropout is a function of the step, so that a resumed job needs no state of a generator.
         torch.manual_seed(step)
         rate = learning_rate(self._algo, step)
@@ -314,4 +315,5 @@ class PolicyLearner:
 
     def load(self, folder: str) -> None:
         """Reads what `save` wrote."""
+        self._publisher.settle()
         load_learner(Path(folder), self._model, self._optimizer, self._spec.dtype, self._spec.keeps_masters)

@@ -30,7 +30,7 @@ from slipstream.rollout.weight_broadcast import (
     join_group,
     split_buffer,
 )
-from slipstream.rollout.weight_handle import Payload, as_bytes
+from slipstream.rollout.weight_handle import Layout, Payload, as_bytes
 
 LOG = logging.getLogger(__name__)
 GATHER_S = 0.25
@@ -41,6 +41,8 @@ SERVER_TIMEOUT_S = 30.0
 
 class BroadcastSender:
     """backend: gloo or nccl; host: the address to listen on; num_receivers: workers that are expected to ask."""
+
+    verifies = False
 
     def __init__(self, backend: str, host: str, num_receivers: int) -> None:
         self._backend, self._host, self._num_receivers = backend, host, num_receivers
@@ -67,7 +69,10 @@ class BroadcastSender:
         # A thread that the interpreter's end finds inside of torch's store would abort the process.
         atexit.register(self.close)
 
-    def send(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Payload:
+    def settle(self) -> None:
+        """Nothing to do: whoever asks is sent a copy."""
+
+    def send(self, name: str, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Payload:
         """Copies the tensors; whoever asks is sent the copy."""
         sizes = tuple((key, tensor.nbytes) for key, tensor in tensors.items())
         buffer = torch.empty(buffer_bytes(sizes), dtype=torch.uint8, device=device_of(self._backend))

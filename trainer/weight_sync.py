@@ -32,6 +32,7 @@ from slipstream.rollout.weight_handle import (
     as_bytes,
     digest_of,
 )
+from slipstream.trainer.weight_segment import SegmentSender, has_room
 
 Tensors = Mapping[str, torch.Tensor]
 MAX_CHANGED_SHARE = 0.5
@@ -40,8 +41,9 @@ MAX_CHANGED_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """weights.* of conf/weights.py. folder: where files go, this job's own; num_threads: of the checksums; backend: of
-    a broadcast, gloo or nccl; num_receivers: workers that are expected to join one."""
+    """weights.* of conf/weights.py. folder: where files go, this job's own; num_threads: of copies and checksums;
+    backend: of a broadcast, gloo or nccl; num_receivers: workers that are expected to join one; one_node: whether all
+    of them share this process's memory."""
 
     transport: str = "object_store"
     delta: bool = False
@@ -51,6 +53,14 @@ class WeightSpec:
     num_threads: int = 1
     backend: str = "gloo"
     num_receivers: int = 1
+    one_node: bool = False
+
+    def transport_for(self, num_bytes: int) -> str:
+        """The transport with `auto` resolved, for versions of so many bytes."""
+        if self.transport != "auto":
+            return self.transport
+        shared = self.one_node and not self.delta and has_room(num_bytes)
+        return "shared_memory" if shared else "object_store"
 
 
 def named_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -66,10 +76,16 @@ def named_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> d
 
 
 class Sender(Protocol):
-    """One transport's way out."""
+    """One transport's way out. verifies: as of its payloads."""
 
-    def send(self, name: str, tensors: Tensors) -> Payload:
-        """Brings the tensors (by TensorSpec.key) to where workers can fetch them; returns when they are there."""
+    verifies: bool
+
+    def send(self, name: str, layout: Layout, tensors: Tensors) -> Payload:
+        """Brings the tensors (by TensorSpec.key) to where workers can fetch them. Whole versions hold all tensors of
+        the layout, changes some blocks of some."""
+
+    def settle(self) -> None:
+        """Returns when the tensors sent last may change."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Everything sent that is not among these may go."""
@@ -81,11 +97,16 @@ class Sender(Protocol):
 class StoreSender:
     """Ray's object store: the references in the payloads keep the objects."""
 
-    def send(self, name: str, tensors: Tensors) -> Payload:
+    verifies = False
+
+    def send(self, name: str, layout: Layout, tensors: Tensors) -> Payload:
         """One put."""
         from slipstream.rollout.weight_store import put_tensors
 
         return put_tensors(tensors)
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Nothing to do."""
@@ -97,14 +118,19 @@ class StoreSender:
 class FileSender:
     """safetensors files in a folder of this job's own; what lies there from before is removed."""
 
+    verifies = False
+
     def __init__(self, folder: Path) -> None:
         self._folder, self._before = folder, list[str]()
         if folder.is_dir():
             remove_others(folder, ())
 
-    def send(self, name: str, tensors: Tensors) -> Payload:
+    def send(self, name: str, layout: Layout, tensors: Tensors) -> Payload:
         """One file."""
         return write_tensors(self._folder, name, tensors)
+
+    def settle(self) -> None:
+        """Nothing to do."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Keeps the files of the last handle too: a worker may be reading them."""
@@ -121,12 +147,13 @@ class WeightPublisher:
 
     def __init__(self, spec: WeightSpec) -> None:
         self._spec = spec
-        self._sender: Sender = make_sender(spec)
+        # `auto` depends on the size of the first version.
+        self._sender: Sender | None = None if spec.transport == "auto" else make_sender(spec, 0)
         self._handle: WeightHandle | None = None
         self._sent: Held | None = None
 
     def publish(self, parts: Mapping[Part, Tensors], version: int) -> WeightHandle:
-        """The next version of all parts. The tensors are read before this returns, never later."""
+        """The next version of all parts. The tensors must not change before `settle`."""
         # Store, files and gloo read the host's memory: a GPU's tensors are copied there once, then summed up and sent.
         on_gpu = self._spec.transport == "broadcast" and self._spec.backend == "nccl"
         tensors = {
@@ -135,29 +162,37 @@ class WeightPublisher:
             for name, tensor in named.items()
         }
         layout = layout_of(parts, self._spec.block_bytes)
-        frames = self._frames(layout, tensors, version)
+        if self._sender is None:
+            self._sender = make_sender(self._spec, layout.num_bytes)
+        frames = self._frames(self._sender, layout, tensors, version)
         self._handle = WeightHandle(layout, frames, self._spec.verify)
         self._sender.keep([frame.payload for frame in frames])
         return self._handle
 
+    def settle(self) -> None:
+        """Returns when the tensors published last may change."""
+        if self._sender is not None:
+            self._sender.settle()
+
     def close(self) -> None:
         """No worker comes any more."""
-        self._sender.close()
+        if self._sender is not None:
+            self._sender.close()
 
-    def _frames(self, layout: Layout, tensors: Tensors, version: int) -> tuple[Frame, ...]:
+    def _frames(self, sender: Sender, layout: Layout, tensors: Tensors, version: int) -> tuple[Frame, ...]:
         if not self._spec.delta:
-            return (self._whole(layout, tensors, version),)
+            return (self._whole(sender, layout, tensors, version),)
         sums = all_checksums(layout, tensors, self._spec.num_threads)
         digest = digest_of(sums)
-        frames = self._change(layout, tensors, version, sums, digest)
+        frames = self._change(sender, layout, tensors, version, sums, digest)
         if frames is None:
-            payload = self._sender.send(f"{version:08d}", tensors)
+            payload = sender.send(f"{version:08d}", layout, tensors)
             frames = (Frame(version, None, sums, digest, layout.num_bytes, payload),)
         self._sent = Held(layout, sums, digest)
         return frames
 
     def _change(
-        self, layout: Layout, tensors: Tensors, version: int, sums: np.ndarray, digest: int
+        self, sender: Sender, layout: Layout, tensors: Tensors, version: int, sums: np.ndarray, digest: int
     ) -> tuple[Frame, ...] | None:
         """The last version's frames and one of what changed since; None where a whole version is due."""
         before = self._sent
@@ -168,27 +203,30 @@ class WeightPublisher:
         pending = sum(frame.num_bytes for frame in self._handle.frames[1:]) + num_bytes
         if pending > MAX_CHANGED_SHARE * layout.num_bytes:
             return None
-        payload = self._sender.send(f"{version:08d}-delta", _changed_bytes(layout, tensors, changed))
+        payload = sender.send(f"{version:08d}-delta", layout, _changed_bytes(layout, tensors, changed))
         return (*self._handle.frames, Frame(version, changed, sums[changed], digest, num_bytes, payload))
 
-    def _whole(self, layout: Layout, tensors: Tensors, version: int) -> Frame:
+    def _whole(self, sender: Sender, layout: Layout, tensors: Tensors, version: int) -> Frame:
         """A whole version; checksums and copy at the same time, both read the same memory."""
+        apart = self._spec.verify and not sender.verifies
         with ThreadPoolExecutor(1) as beside:
-            wanted = (
-                beside.submit(all_checksums, layout, tensors, self._spec.num_threads) if self._spec.verify else None
-            )
-            payload = self._sender.send(f"{version:08d}", tensors)
+            wanted = beside.submit(all_checksums, layout, tensors, self._spec.num_threads) if apart else None
+            payload = sender.send(f"{version:08d}", layout, tensors)
             sums = np.zeros(0, np.uint64) if wanted is None else wanted.result()
         return Frame(version, None, sums, digest_of(sums), layout.num_bytes, payload)
 
 
-def make_sender(spec: WeightSpec) -> Sender:
-    """The transport named by the spec."""
-    if spec.transport == "broadcast":
+def make_sender(spec: WeightSpec, num_bytes: int) -> Sender:
+    """The transport named by the spec. num_bytes: of a version."""
+    transport = spec.transport_for(num_bytes)
+    if transport == "broadcast":
         from slipstream.trainer.weight_broadcast import BroadcastSender
 
         return BroadcastSender(spec.backend, node_address(), spec.num_receivers)
-    return FileSender(Path(spec.folder)) if spec.transport == "disk" else StoreSender()
+    if transport == "shared_memory":
+        # The other half of the cores is left to the workers, who read behind the copy.
+        return SegmentSender(max(1, spec.num_threads // 2), node_address())
+    return FileSender(Path(spec.folder)) if transport == "disk" else StoreSender()
 
 
 def node_address() -> str:

@@ -55,6 +55,8 @@ class BenchLearner:
 
     def change(self) -> None:
         """The next update's weights."""
+        for publisher in self._publishers.values():
+            publisher.settle()
         for tensor in self._tensors.values():
             tensor.add_(1.0)
 

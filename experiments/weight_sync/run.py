@@ -24,8 +24,9 @@ import numpy as np
 
 from slipstream.experiments.weight_sync.delta import delta_shares
 
-ARMS = ("object_store", "object_store_unverified")
-ALL_ARMS = (*ARMS, "object_store_copied", "disk", "broadcast", "plain_ray")
+ARMS = ("shared_memory", "shared_memory_unverified", "object_store", "object_store_unverified")
+"""The first is what weights.transport=auto takes on one node."""
+ALL_ARMS = (*ARMS, "shared_memory_copied", "disk", "broadcast", "plain_ray")
 DEADLINE_S = 300.0
 
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def transport_of(arm: str) -> tuple[str, bool]:
     """weights.transport and weights.verify."""
-    return arm if arm in ("disk", "broadcast") else "object_store", arm != "object_store_unverified"
+    return arm.removesuffix("_unverified").removesuffix("_copied"), not arm.endswith("_unverified")
 
 
 @contextmanager
@@ -99,12 +100,14 @@ class Bench:
         self.learner = remote(BenchLearner).remote(mib, args.threads, args.workers)
         self._workers = [remote(BenchWorker).remote(mib) for _ in range(args.workers)]
         self.num_bytes = ray.get(self.learner.num_bytes.remote(), timeout=DEADLINE_S)
+        # Known to a pool from the start of each worker.
+        self._nodes = ray.get([worker.node_id.remote() for worker in self._workers], timeout=DEADLINE_S)
 
     def begin(self, arm: str) -> None:
         """Another arm's turn."""
         import ray
 
-        adopts = [worker.set_adopts.remote(arm != "object_store_copied") for worker in self._workers]
+        adopts = [worker.set_adopts.remote(not arm.endswith("_copied")) for worker in self._workers]
         ray.get(adopts, timeout=DEADLINE_S)
 
     def sync(self, arm: str) -> float:
@@ -127,8 +130,7 @@ class Bench:
             published = self.learner.publish.remote(transport, verify, self._folder, version)
             handle = ray.get(published, timeout=DEADLINE_S)
             actors = dict(zip(names, workers, strict=True))
-            nodes = wait_for([worker.node_id.remote() for worker in workers], names, arm, DEADLINE_S)
-            prepare_workers(actors, nodes, handle, DEADLINE_S, gather)
+            prepare_workers(actors, self._nodes, handle, DEADLINE_S, gather)
             refs = {
                 name: worker.update_policy.remote(handle, DEADLINE_S, vouched=True) for name, worker in actors.items()
             }

@@ -34,13 +34,21 @@ inline const ChecksumKeys& checksum_keys() {
 #define SLIPSTREAM_ISA_FILE "checksum_isa.inc"
 #include "for_each_isa.h"
 
-inline uint64_t block_checksum(Isa isa, const uint8_t* data, int64_t size) {
-  const uint64_t* keys = checksum_keys().word;
 #ifdef SLIPSTREAM_X86
-  if (isa == Isa::kAvx512) return avx512::block_checksum(data, size, keys);
-  if (isa == Isa::kAvx2) return avx2::block_checksum(data, size, keys);
+#define SLIPSTREAM_FOR_ISA(call) (isa == Isa::kAvx512 ? avx512::call : isa == Isa::kAvx2 ? avx2::call : plain::call)
+#else
+#define SLIPSTREAM_FOR_ISA(call) plain::call
 #endif
-  return plain::block_checksum(data, size, keys);
+
+inline uint64_t block_checksum(Isa isa, const uint8_t* data, int64_t size) {
+  return SLIPSTREAM_FOR_ISA(block_sum<false>(data, nullptr, size, checksum_keys().word));
 }
+
+// As block_checksum, while the bytes are copied past the caches; 64 divides the address `to`.
+inline uint64_t copy_block(Isa isa, const uint8_t* from, uint8_t* to, int64_t size) {
+  return SLIPSTREAM_FOR_ISA(block_sum<true>(from, to, size, checksum_keys().word));
+}
+
+#undef SLIPSTREAM_FOR_ISA
 
 }  // namespace slipstream

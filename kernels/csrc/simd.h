@@ -107,6 +107,32 @@ SLIPSTREAM_FORCE bool any_lane(const Mask& mask) {
   for (size_t i = 0; i < sizeof(Mask) / 4; ++i) any |= mask[i];
   return any != 0;
 }
+// Eight 64-bit words: 64 bytes.
+struct Line {
+  uint64_t word[8];
+  static SLIPSTREAM_FORCE Line zero() { return {}; }
+  static SLIPSTREAM_FORCE Line load(const void* from) {
+    Line out;
+    std::memcpy(out.word, from, sizeof(out.word));
+    return out;
+  }
+  // Past the caches where the set can, to an address that 64 divides; `settle` orders such bytes before later stores.
+  SLIPSTREAM_FORCE void stream(uint8_t* to) const { std::memcpy(to, word, sizeof(word)); }
+  static SLIPSTREAM_FORCE void settle() {}
+  // this += a + low half * high half of a + b, halves added apart, modulo 2^32.
+  SLIPSTREAM_FORCE void add_keyed(const Line& a, const Line& b) {
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t low = static_cast<uint32_t>(a.word[i]) + static_cast<uint32_t>(b.word[i]);
+      const uint32_t high = static_cast<uint32_t>(a.word[i] >> 32) + static_cast<uint32_t>(b.word[i] >> 32);
+      word[i] += a.word[i] + uint64_t{low} * high;
+    }
+  }
+  SLIPSTREAM_FORCE uint64_t total() const {
+    uint64_t out = 0;
+    for (int i = 0; i < 8; ++i) out += word[i];
+    return out;
+  }
+};
 
 }  // namespace plain
 
@@ -164,6 +190,33 @@ SLIPSTREAM_FORCE bool any_lane(const Mask& mask) {
   return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 }
 
+struct Line {
+  __m256i low, high;
+  static SLIPSTREAM_FORCE Line zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static SLIPSTREAM_FORCE Line load(const void* from) {
+    const __m256i* source = static_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(source), _mm256_loadu_si256(source + 1)};
+  }
+  SLIPSTREAM_FORCE void stream(uint8_t* to) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, high);
+  }
+  static SLIPSTREAM_FORCE void settle() { _mm_sfence(); }
+  static SLIPSTREAM_FORCE __m256i keyed(__m256i sum, __m256i a, __m256i b) {
+    const __m256i both = _mm256_add_epi32(a, b);
+    return _mm256_add_epi64(sum, _mm256_add_epi64(a, _mm256_mul_epu32(both, _mm256_srli_epi64(both, 32))));
+  }
+  SLIPSTREAM_FORCE void add_keyed(const Line& a, const Line& b) {
+    low = keyed(low, a.low, b.low);
+    high = keyed(high, a.high, b.high);
+  }
+  SLIPSTREAM_FORCE uint64_t total() const {
+    uint64_t word[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(word), _mm256_add_epi64(low, high));
+    return word[0] + word[1] + word[2] + word[3];
+  }
+};
+
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -202,6 +255,25 @@ template <typename Mask>
 SLIPSTREAM_FORCE bool any_lane(const Mask& mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 }
+
+struct Line {
+  __m512i words;
+  static SLIPSTREAM_FORCE Line zero() { return {_mm512_setzero_si512()}; }
+  static SLIPSTREAM_FORCE Line load(const void* from) { return {_mm512_loadu_si512(from)}; }
+  SLIPSTREAM_FORCE void stream(uint8_t* to) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), words); }
+  static SLIPSTREAM_FORCE void settle() { _mm_sfence(); }
+  SLIPSTREAM_FORCE void add_keyed(const Line& a, const Line& b) {
+    const __m512i both = _mm512_add_epi32(a.words, b.words);
+    const __m512i product = _mm512_mul_epu32(both, _mm512_srli_epi64(both, 32));
+    words = _mm512_add_epi64(words, _mm512_add_epi64(a.words, product));
+  }
+  SLIPSTREAM_FORCE uint64_t total() const {
+    uint64_t word[8], out = 0;
+    _mm512_storeu_si512(word, words);
+    for (uint64_t one : word) out += one;
+    return out;
+  }
+};
 
 }  // namespace avx512
 #pragma GCC pop_options

@@ -23,11 +23,17 @@ from slipstream.rollout.weight_store import StorePayload
 from slipstream.trainer.cluster import ray_cluster
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
 from tests.tiny_models import tiny_model
+from tests.weight_damage import damaged_version
 
 TRANSPORTS = ("object_store", "disk", "broadcast")
+WHOLE = ("shared_memory", *TRANSPORTS)
+"""Those that send whole versions; shared memory sends nothing else, see test_weight_segments.py."""
+WHOLE_AND_CHANGES = pytest.mark.parametrize(
+    ("transport", "delta"), [*((name, False) for name in WHOLE), *((name, True) for name in TRANSPORTS)]
+)
 BLOCK = 1024
 DEADLINE_S = 30.0
-# Said by torch once; rollout/weight_store.py tells why it is silenced, which pytest undoes.
+# Said by torch once; rollout/weight_handle.py tells why it is silenced, which pytest undoes.
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 Weights = dict[str, torch.Tensor]
 
@@ -103,8 +109,7 @@ def nudged(weights: Weights, name: str, place: int) -> Weights:
 # ---- what is served
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("delta", [False, True])
+@WHOLE_AND_CHANGES
 @pytest.mark.parametrize(("family", "dtype"), [("qwen3", torch.float32), ("llama", torch.bfloat16)])
 def test_tokens_are_those_of_a_fresh_engine(
     transport: str, delta: bool, family: str, dtype: torch.dtype, tmp_path: Path
@@ -120,11 +125,13 @@ def test_tokens_are_those_of_a_fresh_engine(
         assert worker.tokens() == fresh_tokens(weights, family, dtype)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_the_sender_may_change_its_tensors_once_they_are_published(transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", WHOLE)
+def test_the_sender_may_change_its_tensors_once_they_have_settled(transport: str, tmp_path: Path) -> None:
     weights = policy(1)
     expected = {name: tensor.clone() for name, tensor in weights.items()}
-    handle = publisher(transport, tmp_path).publish({"policy": weights}, 1)
+    sender = publisher(transport, tmp_path)
+    handle = sender.publish({"policy": weights}, 1)
+    sender.settle()
     for tensor in weights.values():
         tensor.mul_(2.0)
     late, later = Worker(), Worker()
@@ -134,8 +141,9 @@ def test_the_sender_may_change_its_tensors_once_they_are_published(transport: st
     assert same(later.weights(), expected), "a handle serves any number of workers while it is current"
 
 
-def test_workers_of_a_node_compute_with_the_stores_memory(tmp_path: Path) -> None:
-    handle = publisher("object_store", tmp_path).publish({"policy": policy(1)}, 1)
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store"])
+def test_workers_of_a_node_compute_with_the_same_memory(transport: str, tmp_path: Path) -> None:
+    handle = publisher(transport, tmp_path).publish({"policy": policy(1)}, 1)
     workers = [Worker(), Worker()]
     for worker in workers:
         worker.update(handle)
@@ -184,14 +192,14 @@ def test_packed_layers_see_weights_that_come_back_to_an_old_address(kernels: str
 class Damaged:
     """A payload whose bytes were changed on their way."""
 
-    same_pages, adoptable = True, True
+    same_pages, adoptable, verifies = True, True, False
 
     def __init__(self, payload: Payload, key: str, at: int | None) -> None:
         """at: of the byte that is flipped; None cuts the last byte off."""
         self._payload, self._key, self._at = payload, key, at
 
-    def receive(self, timeout_s: float) -> Arrays:
-        arrays = {key: data.clone() for key, data in self._payload.receive(timeout_s).items()}
+    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
+        arrays = {key: data.clone() for key, data in self._payload.receive(timeout_s, share, verify).items()}
         if self._at is None:
             arrays[self._key] = arrays[self._key][:-1]
         else:
@@ -247,7 +255,7 @@ def test_verification_can_be_switched_off(tmp_path: Path) -> None:
         worker.update(damaged(handle, "policy/model.norm.weight", None))
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", WHOLE)
 def test_weights_of_another_model_are_refused_before_they_are_fetched(transport: str, tmp_path: Path) -> None:
     sender, worker = publisher(transport, tmp_path), Worker()
     before = worker.tokens()
@@ -407,8 +415,7 @@ class DraftKeepingEngine(TorchEngine):
         self.draft = {name: tensor.clone() for name, tensor in weights.items()}, version
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("delta", [False, True])
+@WHOLE_AND_CHANGES
 def test_policy_and_draft_change_together(transport: str, delta: bool, tmp_path: Path) -> None:
     sender = publisher(transport, tmp_path, delta)
     engine = DraftKeepingEngine(tiny_model("qwen3", seed=9), max_len=64)
@@ -418,8 +425,8 @@ def test_policy_and_draft_change_together(transport: str, delta: bool, tmp_path:
         if version == 2:
             draft = draft | {"head.bias": torch.zeros(3)}
         handle = sender.publish({"policy": policy(1), "speculator": draft}, version)
-        with pytest.raises(WeightError, match="head"):
-            receiver.prepare(damaged(handle, "speculator/head.bias", 0), Share(), DEADLINE_S)
+        with damaged_version(sender, handle) as broken, pytest.raises(WeightError, match=r"head|add up"):
+            receiver.prepare(broken, Share(), DEADLINE_S)
         assert engine.draft[1] == engine.policy_version == version - 1
         receiver.prepare(handle, Share(), DEADLINE_S)
         assert engine.draft[1] == engine.policy_version == version - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,13 @@ import torch
 from slipstream.rollout.actors import PoolError
 from slipstream.rollout.model_loader import load_policy
 from slipstream.rollout.pool import RolloutPool
+from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Sampling
-from slipstream.rollout.weight_handle import WeightHandle, digest_of
 from slipstream.trainer.cluster import ray_cluster, worker_spec
 from slipstream.trainer.config import load_settings, model_folder
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
+from tests.weight_damage import damaged_version
 
 DEADLINE_S = 120.0
 SETTINGS = load_settings(["experiment=quickstart_short", "cluster.num_workers=2", "drafter=off", "budget=off"])
@@ -36,7 +36,7 @@ def folder() -> str:
 @pytest.fixture(scope="module")
 def pool(folder: str) -> Iterator[RolloutPool]:
     with ray_cluster(SETTINGS.cluster):
-        pool = RolloutPool(worker_spec(SETTINGS, folder, 100), 2, 1.0, 0.0)
+        pool = RolloutPool(worker_spec(SETTINGS, folder, 100), 2, 1.0, 0.0, limits=PoolLimits(max_worker_restarts=9))
         pool.ready(DEADLINE_S)
         yield pool
         pool.close()
@@ -71,15 +71,7 @@ def fresh_tokens(folder: str, seed: int) -> list[list[int]]:
     return [rollouts[request.uid].tokens.tolist() for request in requests()]
 
 
-def torn(handle: WeightHandle) -> WeightHandle:
-    """The last block is not what was sent."""
-    frame = handle.frames[-1]
-    sums = frame.checksums.copy()
-    sums[-1] ^= np.uint64(1)
-    return replace(handle, frames=(replace(frame, checksums=sums, digest=digest_of(sums)),))
-
-
-@pytest.mark.parametrize("transport", ["object_store", "disk", "broadcast"])
+@pytest.mark.parametrize("transport", ["shared_memory", "object_store", "disk", "broadcast"])
 def test_all_workers_or_none(transport: str, pool: RolloutPool, folder: str, tmp_path: Path) -> None:
     publisher = WeightPublisher(WeightSpec(transport, folder=str(tmp_path), num_receivers=2))
     weights = [named_weights(noisy_policy(folder, seed)) for seed in (0, 1, 2)]
@@ -89,8 +81,9 @@ def test_all_workers_or_none(transport: str, pool: RolloutPool, folder: str, tmp
     assert tokens(pool) == fresh_tokens(folder, 0)
     assert versions(pool) == {10}
     handle = publisher.publish({"policy": weights[1]}, 11)
-    with pytest.raises(PoolError, match=r"rollout worker .*WeightError: weights of version 11: block"):
-        pool.update_policy(torn(handle), DEADLINE_S)
+    said = r"rollout worker .*WeightError: weights .*: block"
+    with damaged_version(publisher, handle) as broken, pytest.raises(PoolError, match=said):
+        pool.update_policy(broken, DEADLINE_S)
     assert versions(pool) == {10}
     assert tokens(pool) == fresh_tokens(folder, 0)
     pool.update_policy(handle, DEADLINE_S)
