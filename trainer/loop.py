@@ -29,6 +29,7 @@ from slipstream.trainer.errors import SlipstreamError
 from slipstream.trainer.evaluation import Evaluation
 from slipstream.trainer.job_state import JobState
 from slipstream.trainer.progress import format_progress
+from slipstream.trainer.resize import resize
 from slipstream.trainer.samples import pricing_metrics, rollout_records, sample_metrics, speculation_metrics
 from slipstream.trainer.tracking import Tracker
 from slipstream.trainer.watchdog import ANSWER_TIMEOUT_S, Watchdog
@@ -197,6 +198,8 @@ class TrainLoop:
             left = float(np.mean(self._step_seconds[-8:])) * (num_steps - self.state.step)
             print(format_progress(self.state.step, num_steps, metrics, left), flush=True)
             self.watchdog.progress(f"step {self.state.step}")
+            for line in resize(self._pool, self.run_dir):
+                print(f"step {self.state.step}: {line}", flush=True)
         self._saver.finish(self.state)
 
     def step(self, step: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ Lossless acceleration of the rollout phase of RL post-training.
 commands:
   train OVERRIDES...   run a job; `slipstream train --help` for its options
   bench [NAME]         answer one of the experiments' questions; without NAME, list them
+  workers RUN [N]      let rollout workers join or leave a running job
   cluster check ...    ask every node of the Ray cluster whether a job can run there
   sft ...              supervised warm start of a policy
   data ...             write a built-in task as parquet
@@ -74,6 +75,7 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "bench": _bench,
+        "workers": _workers,
         "cluster": _cluster,
         "sft": _sft,
         "data": _data,
@@ -114,6 +116,12 @@ def _bench(arguments: list[str]) -> int:
     from slipstream.experiments import bench
 
     return bench.main(arguments)
+
+
+def _workers(arguments: list[str]) -> int:
+    from slipstream.trainer import resize
+
+    return resize.main(arguments)
 
 
 def _cluster(arguments: list[str]) -> int:

@@ -412,6 +412,31 @@ def test_a_job_with_faults_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_running_job_is_given_other_numbers_of_workers(tmp_path: Path) -> None:
+    """`slipstream workers` takes one of three away and brings it back; the samples stay what they are."""
+    steps = [*SMALL, "algo.num_steps=8"]
+    run(tmp_path, "train", *steps, "run.name=plain")
+    overrides = [*steps, "cluster.num_workers=3", "run.name=resized"]
+    job = subprocess.Popen(command("train", *overrides), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    said = []
+    for line in job.stdout:
+        said += re.findall(r"^step (\d+): (\d rollout workers wanted.*)", line)
+        for step, num in (("step    1/", 2), ("step    4/", 3)):
+            if re.sub(r" +", " ", line).startswith(re.sub(r" +", " ", step)):
+                run(tmp_path, "workers", "runs/resized", str(num))
+    assert job.wait(DEADLINE_S) == 0
+    assert [text for _, text in said] == [
+        "2 rollout workers wanted: rollout worker 2 to leave",
+        "3 rollout workers wanted: rollout worker 3 to join once Ray has room",
+    ]
+    metrics = jsonl(tmp_path / "runs" / "resized" / "metrics.jsonl")
+    assert metrics[-1]["pool/deaths"] == 0
+    assert 2 in [record["pool/workers"] for record in metrics]
+    assert tokens_of_job(tmp_path / "runs" / "resized") == tokens_of_job(tmp_path / "runs" / "plain")
+
+
+@pytest.mark.slow
 def test_an_asynchronous_job_with_faults_trains_every_group_once(tmp_path: Path) -> None:
     faults = {1: signal.SIGKILL, 3: signal.SIGSTOP}
     run_dir = job_with_faults(tmp_path, "disturbed", *ASYNC, "algo.num_steps=8", faults=faults)
