@@ -86,8 +86,10 @@ def open_run_dir(job: Job) -> None:
             raise ConfigError(f"run.exist=replace: {job.run_dir} is not a run folder; allowed: another run.name")
         shutil.rmtree(job.run_dir)
     try:
-        job.run_dir.mkdir(parents=True, exist_ok=job.resume)
-        _write_settings(job.settings, job.run_dir)
+        if job.resume:
+            _write_settings(job.settings, job.run_dir)
+        else:
+            _make_run(job.settings, job.run_dir)
     except OSError as error:
         raise ConfigError(
             f"run.dir={job.settings.run.dir}: {job.run_dir} cannot be written ({error.strerror}); allowed: "
@@ -110,7 +112,7 @@ def _job_from_settings(settings: Settings, now: datetime) -> Job:
     if run.name is None:
         return _job(settings, _free_folder(parent, f"{settings.experiment_name}-{now:%Y%m%d-%H%M%S}"), resume=False)
     folder = parent / run.name
-    if not folder.exists() or run.exist == "replace":
+    if not folder.exists() or run.exist == "replace" or (folder.is_dir() and not any(folder.iterdir())):
         return _job(settings, folder, resume=False)
     if run.exist == "fail":
         raise ConfigError(
@@ -202,6 +204,19 @@ def _write_settings(settings: Settings, folder: Path) -> None:
     partial = folder / f".{SETTINGS_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(settings.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / SETTINGS_FILE)
+
+
+def _make_run(settings: Settings, folder: Path) -> None:
+    """The folder appears with its settings in it: one without would be neither new nor an earlier run."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        _write_settings(settings, draft)
+        # Onto an empty folder this succeeds, onto anything else it does not.
+        os.rename(draft, folder)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -151,6 +151,19 @@ def test_an_existing_run_is_kept_unless_told_otherwise() -> None:
     assert saved(fresh)["run"]["seed"] == 3
 
 
+def test_a_run_appears_with_its_settings_and_an_empty_folder_is_no_run(empty_folder: Path) -> None:
+    (empty_folder / "runs" / "a").mkdir(parents=True)
+    job = start("run.name=a")
+    assert saved(job)["run"]["name"] == "a"
+    assert [path.name for path in (empty_folder / "runs").iterdir()] == ["a"]
+    # Another job took the name after this one had looked: neither is mixed into the other.
+    late = resolve_job(["run.name=b"], None, None)
+    start("run.name=b")
+    with pytest.raises(ConfigError, match=r"runs/b cannot be written \(Directory not empty\)"):
+        open_run_dir(late)
+    assert [path.name for path in sorted((empty_folder / "runs").iterdir())] == ["a", "b"]
+
+
 def test_resume_of_a_run_that_does_not_exist_yet_starts_it() -> None:
     assert not start("run.name=a", "run.exist=resume").resume
 
