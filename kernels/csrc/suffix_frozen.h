@@ -113,6 +113,13 @@ class Frozen {
 
   uint8_t age(int32_t mark) const { return ages_[mark]; }
 
+  // What a draft of `count` tokens from a state reads.
+  void prefetch_path(int32_t at, int count) const {
+    const char* first = reinterpret_cast<const char*>(&states_[at]);
+    for (size_t byte = kLine; byte <= static_cast<size_t>(count) * sizeof(State); byte += kLine) prefetch(first + byte);
+  }
+  void prefetch_ages() const { prefetch(ages_); }
+
   static uint32_t home_slot(int32_t token, uint32_t slots) {
     return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
   }

@@ -54,9 +54,11 @@ class StepWorker {
     scratch_tokens_.resize(static_cast<size_t>(out.width));
     scratch_probs_.resize(static_cast<size_t>(out.width));
     scratch_cells_.resize(static_cast<size_t>(out.width));
+    chain_.resize(static_cast<size_t>(out.width));
+    std::iota(chain_.begin(), chain_.end(), int16_t{-1});
     for (size_t begin = first; begin < last; begin += kBlockRows) {
       const size_t end = std::min(last, begin + kBlockRows);
-      fetch(requests, order, begin, end);
+      fetch(requests, order, begin, end, out);
       poor_.clear();
       for (size_t i = begin; i < end; ++i) draft_own(*requests[order[i]], out, order[i], options, calibration);
       if (!poor_.empty()) draft_shared(requests, out, options, calibration);
@@ -74,9 +76,10 @@ class StepWorker {
 
  private:
   static constexpr size_t kBlockRows = 32;
+  static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
   static void fetch(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
-                    size_t end) {
+                    size_t end, const DraftRows& out) {
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
       prefetch(&request.frozen->state(request.at));
@@ -85,8 +88,8 @@ class StepWorker {
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
       const State& frozen = request.frozen->state(request.at);
-      // A draft reads on from here.
-      for (size_t line = 1; line <= 3; ++line) prefetch(reinterpret_cast<const char*>(&frozen) + line * kLine);
+      request.frozen->prefetch_ages();
+      request.frozen->prefetch_path(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
       if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
       prefetch(&request.live->state(request.live->state(request.cursor).link));
     }
@@ -102,7 +105,7 @@ class StepWorker {
     return {out.tokens + row * out.width, out.probs + row * out.width, out.cells + row * out.width};
   }
 
-  static void store(const Draft& best, const DraftRows& out, int64_t row) {
+  void store(const Draft& best, const DraftRows& out, int64_t row) const {
     const Draft own = row_of(out, row);
     if (best.tokens != own.tokens) {
       std::copy(best.tokens, best.tokens + best.count, own.tokens);
@@ -113,13 +116,13 @@ class StepWorker {
     out.match_len[row] = best.match_len;
     out.source[row] = best.count ? best.source : kSourceNone;
     out.age[row] = best.age;
-    for (int i = 0; i < best.count; ++i) out.parents[row * out.width + i] = static_cast<int16_t>(i - 1);
+    std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
   }
 
   void draft_own(const OpenRequest& request, const DraftRows& out, int32_t row, const SetOptions& options,
                  const Calibration& calibration) {
     const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
-    Draft best = row_of(out, row), spare = scratch();
+    Draft best = scratch(), spare = row_of(out, row);  // mostly the first draft is the one that stays
     if (limit > 0) {
       const int32_t length = request.live->state(request.cursor).length;
       // kStart counts as context: a response that has matched from its first token on needs no minimum.
@@ -235,7 +238,7 @@ class StepWorker {
   std::vector<int32_t> poor_;
   std::vector<int32_t> scratch_tokens_;
   std::vector<float> scratch_probs_;
-  std::vector<int16_t> scratch_cells_;
+  std::vector<int16_t> scratch_cells_, chain_;  // chain_: the parents of a chain
 };
 
 }  // namespace slipstream
