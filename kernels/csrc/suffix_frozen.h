@@ -89,6 +89,28 @@ class Frozen {
     bool done() const { return next == last; }
   };
 
+  // Passes the tokens that go on along the path that `prefetch_path` fetched, then prefetches what `advance` needs.
+  void follow_path(Walk& walk) const {
+    const State* s = &states_[walk.at];
+    while (!walk.done() && s->token == *walk.next && s->target == walk.at + 1) {
+      ++walk.next;
+      ++walk.matched;
+      ++walk.at;
+      ++s;
+    }
+    if (walk.done()) return;
+    if (s->token == *walk.next) {
+      prefetch(&states_[s->target]);
+      walk.at = s->target;
+      ++walk.matched;
+      ++walk.next;
+      return;
+    }
+    if (s->slots) prefetch(&others_[first_slot(*s, *walk.next)]);
+    if (s->link >= 0) prefetch(&states_[s->link]);
+    walk.looks_at_others = true;
+  }
+
   // Goes on until the walk needs memory that is not near, and prefetches that: a caller that takes turns between many
   // walks waits for none of them. Amortised constant time per token.
   void advance(Walk& walk) const {

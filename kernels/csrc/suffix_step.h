@@ -179,15 +179,20 @@ class StepWorker {
   // Takes turns between the walks of all rows until each has passed its tokens.
   void advance_frozen(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                       size_t end, const int32_t* values, const int64_t* offsets) {
-    size_t active = 0;
     for (size_t i = begin; i < end; ++i) {
       const int32_t row = order[i];
-      OpenRequest& request = *requests[row];
+      const OpenRequest& request = *requests[row];
       prefetch(&request.frozen->state(request.at));
+      request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(offsets[row + 1] - offsets[row], kPathTokens)));
       prefetch(&request.live->state(request.cursor));
       walks_[i - begin] = {values + offsets[row], values + offsets[row + 1], request.at, request.matched, false};
+    }
+    size_t active = 0;
+    for (size_t i = begin; i < end; ++i) {
+      Frozen::Walk& walk = walks_[i - begin];
+      requests[order[i]]->frozen->follow_path(walk);
       active_[active] = static_cast<uint8_t>(i - begin);
-      active += offsets[row] != offsets[row + 1];
+      active += !walk.done();
     }
     while (active) {
       size_t kept = 0;
