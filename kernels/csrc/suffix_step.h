@@ -29,7 +29,8 @@ struct DraftRows {
   int16_t* parents;
 };
 
-// cursor: what the request's own text has reached in the live tier; at, matched: its longest match in the frozen one.
+// cursor: what the request's own text has reached in the live tier; at, matched: its longest match in the frozen one
+// (matched below 0: the length of the state).
 struct OpenRequest {
   std::shared_ptr<Live> live;
   std::shared_ptr<const Frozen> frozen;
@@ -67,9 +68,9 @@ class StepWorker {
 
   void extend(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t first, size_t last,
               const int32_t* values, const int64_t* offsets) {
+    advance_frozen(requests, order, first, last, values, offsets);
     for (size_t begin = first; begin < last; begin += kBlockRows) {
       const size_t end = std::min(last, begin + kBlockRows);
-      advance_frozen(requests, order, begin, end, values, offsets);
       append_live(requests, order, begin, end, values, offsets);
     }
   }
@@ -86,8 +87,9 @@ class StepWorker {
       prefetch(&request.live->state(request.cursor));
     }
     for (size_t i = begin; i < end; ++i) {
-      const OpenRequest& request = *requests[order[i]];
+      OpenRequest& request = *requests[order[i]];
       const State& frozen = request.frozen->state(request.at);
+      if (request.matched < 0) request.matched = frozen.length;
       request.frozen->prefetch_ages();
       request.frozen->prefetch_path(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
       if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
@@ -176,44 +178,44 @@ class StepWorker {
     }
   }
 
-  // Takes turns between the walks of all rows until each has passed its tokens.
-  void advance_frozen(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
-                      size_t end, const int32_t* values, const int64_t* offsets) {
-    for (size_t i = begin; i < end; ++i) {
-      const int32_t row = order[i];
-      const OpenRequest& request = *requests[row];
+  // Takes turns between the walks of up to kBlockRows rows; where one has passed its tokens, the next row's begins, so
+  // that there are always enough loads under way.
+  void advance_frozen(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t first,
+                      size_t last, const int32_t* values, const int64_t* offsets) {
+    const auto fetch_path = [&](size_t i) {
+      const OpenRequest& request = *requests[order[i]];
+      const int64_t count = offsets[order[i] + 1] - offsets[order[i]];
       prefetch(&request.frozen->state(request.at));
-      request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(offsets[row + 1] - offsets[row], kPathTokens)));
-      prefetch(&request.live->state(request.cursor));
-      walks_[i - begin] = {values + offsets[row], values + offsets[row + 1], request.at, request.matched, false};
-    }
-    size_t active = 0;
-    for (size_t i = begin; i < end; ++i) {
-      Frozen::Walk& walk = walks_[i - begin];
-      requests[order[i]]->frozen->follow_path(walk);
-      active_[active] = static_cast<uint8_t>(i - begin);
-      active += !walk.done();
-    }
-    while (active) {
-      size_t kept = 0;
-      for (size_t i = 0; i < active; ++i) {
-        const uint8_t at = active_[i];
-        requests[order[begin + at]]->frozen->advance(walks_[at]);
-        active_[kept] = at;
-        kept += !walks_[at].done();
+      request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(count, kPathTokens)));
+    };
+    size_t next = first, fetched = first, active = 0;
+    while (active || next < last) {
+      for (; fetched < last && fetched < next + kBlockRows; ++fetched) fetch_path(fetched);
+      for (; active < kBlockRows && next < last; ++next) {
+        const int32_t row = order[next];
+        OpenRequest& request = *requests[row];
+        Turn& turn = turns_[active];
+        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false}, &request};
+        request.frozen->follow_path(turn.walk);
+        if (turn.walk.done()) turn.leave();
+        else ++active;
       }
-      active = kept;
-    }
-    for (size_t i = begin; i < end; ++i) {
-      OpenRequest& request = *requests[order[i]];
-      request.at = walks_[i - begin].at;
-      request.matched = walks_[i - begin].matched;
-      if (request.matched < 0) request.matched = request.frozen->state(request.at).length;
+      for (size_t i = 0; i < active;) {
+        Turn& turn = turns_[i];
+        turn.request->frozen->advance(turn.walk);
+        if (turn.walk.done()) {
+          turn.leave();
+          turn = turns_[--active];
+        } else {
+          ++i;
+        }
+      }
     }
   }
 
   static void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                           size_t end, const int32_t* values, const int64_t* offsets) {
+    for (size_t i = begin; i < end; ++i) prefetch(&requests[order[i]]->live->state(requests[order[i]]->cursor));
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
       prefetch(&request.live->state(request.live->state(request.cursor).link));
@@ -237,8 +239,15 @@ class StepWorker {
     }
   }
 
-  std::array<Frozen::Walk, kBlockRows> walks_;
-  std::array<uint8_t, kBlockRows> active_;
+  struct Turn {
+    Frozen::Walk walk;
+    OpenRequest* request;
+    void leave() const {
+      request->at = walk.at;
+      request->matched = walk.matched;
+    }
+  };
+  std::array<Turn, kBlockRows> turns_;
   TreeDrafter tree_drafter_;
   std::vector<int32_t> poor_;
   std::vector<int32_t> scratch_tokens_;
