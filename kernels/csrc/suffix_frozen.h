@@ -140,6 +140,16 @@ class Frozen {
     const char* first = reinterpret_cast<const char*>(&states_[at]);
     for (size_t byte = kLine; byte <= static_cast<size_t>(count) * sizeof(State); byte += kLine) prefetch(first + byte);
   }
+  // Where a path of up to `count` tokens leaves the memory that `prefetch_path` fetched, fetches how it goes on.
+  void prefetch_jump(int32_t at, int count) const {
+    for (int i = 0; i < count; ++i) {
+      const State& s = states_[at + i];
+      if (s.target == at + i + 1) continue;
+      if (s.token == kNoToken) return;
+      prefetch(&states_[s.target]);
+      return prefetch_path(s.target, count - i);
+    }
+  }
   void prefetch_ages() const { prefetch(ages_); }
 
   static uint32_t home_slot(int32_t token, uint32_t slots) {

@@ -98,6 +98,8 @@ class StepWorker {
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
       request.live->prefetch_edges(request.live->state(request.cursor).link);
+      if (request.at != kFrozenRoot)
+        request.frozen->prefetch_jump(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
     }
   }
 
