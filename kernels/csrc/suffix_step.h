@@ -215,7 +215,34 @@ class StepWorker {
     }
   }
 
-  static void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
+  // Fetches the states along which the live tier knows the tokens already, and those of the next shorter contexts: where
+  // appending will count and clone. All live tiers lie in one arena, so that any of them reads the states of all.
+  void fetch_known(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin, size_t end,
+                   const int32_t* values, const int64_t* offsets) {
+    const Live& live = *requests[order[begin]]->live;
+    size_t active = 0;
+    for (size_t i = begin; i < end; ++i) {
+      const int32_t row = order[i];
+      ahead_[active] = {values + offsets[row], values + offsets[row + 1], live.state(requests[row]->cursor).link};
+      active += offsets[row] != offsets[row + 1];
+    }
+    while (active) {
+      size_t kept = 0;
+      for (size_t i = 0; i < active; ++i) {
+        Ahead ahead = ahead_[i];
+        const State& s = live.state(ahead.at);
+        if (s.link >= 0) prefetch(&live.state(s.link));
+        if (ahead.next == ahead.last || s.token != *ahead.next) continue;
+        ++ahead.next;
+        ahead.at = s.target;
+        prefetch(&live.state(ahead.at));
+        ahead_[kept++] = ahead;
+      }
+      active = kept;
+    }
+  }
+
+  void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                           size_t end, const int32_t* values, const int64_t* offsets) {
     for (size_t i = begin; i < end; ++i) prefetch(&requests[order[i]]->live->state(requests[order[i]]->cursor));
     for (size_t i = begin; i < end; ++i) {
@@ -230,6 +257,7 @@ class StepWorker {
       for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j)
         request.live->prefetch_search(request.live->root(), values[j]);
     }
+    fetch_known(requests, order, begin, end, values, offsets);
     for (size_t i = begin; i < end; ++i) {
       const int32_t row = order[i];
       OpenRequest& request = *requests[row];
@@ -249,7 +277,12 @@ class StepWorker {
       request->matched = walk.matched;
     }
   };
+  struct Ahead {
+    const int32_t *next, *last;
+    int32_t at;
+  };
   std::array<Turn, kBlockRows> turns_;
+  std::array<Ahead, kBlockRows> ahead_;
   TreeDrafter tree_drafter_;
   std::vector<int32_t> poor_;
   std::vector<int32_t> scratch_tokens_;
