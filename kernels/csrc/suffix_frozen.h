@@ -106,7 +106,10 @@ class Frozen {
       ++walk.next;
       return;
     }
-    if (s->slots) prefetch(&others_[first_slot(*s, *walk.next)]);
+    // A token in a new context is looked up at the root in the end, whose table is the largest of all.
+    prefetch(&others_[first_slot(states_[kFrozenRoot], *walk.next)]);
+    if (!s->slots) return move(walk, -1);
+    prefetch(&others_[first_slot(*s, *walk.next)]);
     if (s->link >= 0) prefetch(&states_[s->link]);
     walk.looks_at_others = true;
   }
@@ -129,6 +132,7 @@ class Frozen {
       if (++walk.next == walk.last || !near) return prefetch(s);
     }
     if (!s->slots) return move(walk, -1);
+    if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
     walk.looks_at_others = true;
     prefetch(&others_[first_slot(*s, *walk.next)]);
   }
