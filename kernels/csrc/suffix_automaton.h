@@ -59,7 +59,11 @@ struct IndexMemory {
 class SuffixAutomaton {
  public:
   SuffixAutomaton(std::shared_ptr<IndexMemory> memory, bool clones_inherit)
-      : memory_(std::move(memory)), states_(memory_->states), clones_(memory_->states), edges_(memory_->edges), clones_inherit_(clones_inherit) {
+      : memory_(std::move(memory)),
+        states_(memory_->states),
+        clones_(memory_->states),
+        edges_(memory_->edges),
+        clones_inherit_(clones_inherit) {
     root_ = add_state({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
   }
 
@@ -92,7 +96,7 @@ class SuffixAutomaton {
     } while (state >= 0 && !(met = find(state, token)));
     if (state >= 0) {
       const int32_t target = *met;
-      if (clones_inherit_) prefetch(&states_[target + 2]);
+      prefetch(&states_[target + 2]);  // text that repeats itself comes to the clones in the order of their making
       const bool exact = states_[target].length == states_[state].length + 1;
       states_[fresh].link = exact ? target : clone(state, token, target);
     }
@@ -250,6 +254,8 @@ class SuffixAutomaton {
   }
 
   std::shared_ptr<IndexMemory> memory_;
+  // Clones lie apart: the states of whole sequences are seldom met again, and between clones they would double the lines
+  // that repeated text runs through.
   ArenaArray<State> states_, clones_;
   ArenaArray<Edge> edges_;
   int32_t root_ = 0;

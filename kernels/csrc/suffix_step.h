@@ -3,8 +3,9 @@
 // Invariants
 // - What a row gets depends on the row's request and on the tiers it reads, not on the other rows or their order.
 // - Rows that share a live tier belong to one worker: `extend` writes there without a lock.
-// - The tiers of many requests do not fit into the caches together, and every walk is a chain of loads: rows are worked
-//   on in blocks, and what a block will look at is fetched one link a pass, so that the loads of its rows overlap.
+// - The tiers of many requests do not fit into the caches together, and every walk is a chain of loads. One load takes
+//   longer than a whole draft that is in the cache, but thirty at a time cost hardly more: what rows will look at is
+//   fetched one link a pass, in blocks, and walks take turns. A load that is not fetched ahead shows in the benchmark.
 #pragma once
 #include <numeric>
 
@@ -79,6 +80,7 @@ class StepWorker {
   static constexpr size_t kBlockRows = 32;
   static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
+  // What the drafts of a block read: states, their links, the path of the heaviest continuation, and where it jumps.
   static void fetch(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                     size_t end, const DraftRows& out) {
     for (size_t i = begin; i < end; ++i) {
@@ -242,6 +244,7 @@ class StepWorker {
     }
   }
 
+  // The live tiers' part of `extend`.
   void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                           size_t end, const int32_t* values, const int64_t* offsets) {
     for (size_t i = begin; i < end; ++i) prefetch(&requests[order[i]]->live->state(requests[order[i]]->cursor));
