@@ -59,7 +59,11 @@ struct IndexMemory {
 class SuffixAutomaton {
  public:
   SuffixAutomaton(std::shared_ptr<IndexMemory> memory, bool clones_inherit)
-      : memory_(std::move(memory)), states_(memory_->states), edges_(memory_->edges), clones_inherit_(clones_inherit) {
+      : memory_(std::move(memory)),
+        states_(memory_->states),
+        clones_(memory_->states),
+        edges_(memory_->edges),
+        clones_inherit_(clones_inherit) {
     root_ = add_state({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
   }
 
@@ -67,11 +71,14 @@ class SuffixAutomaton {
   State& state(int32_t at) const { return states_[at]; }
   size_t num_states() const { return num_states_; }
   size_t num_other_edges(int32_t at) const { return states_[at].more ? count_edges(states_[at].more) : 0; }
-  size_t bytes() const { return states_.bytes() + edges_.bytes(); }
+  size_t bytes() const { return states_.bytes() + clones_.bytes() + edges_.bytes(); }
 
   template <typename Visit>
   void each_state(Visit visit) const {
     states_.each_range([&](size_t first, size_t last) {
+      for (size_t at = first; at < last; ++at) visit(static_cast<int32_t>(at));
+    });
+    clones_.each_range([&](size_t first, size_t last) {
       for (size_t at = first; at < last; ++at) visit(static_cast<int32_t>(at));
     });
   }
@@ -89,6 +96,7 @@ class SuffixAutomaton {
     } while (state >= 0 && !(met = find(state, token)));
     if (state >= 0) {
       const int32_t target = *met;
+      prefetch(&states_[target + 2]);  // text that repeats itself comes to the clones in the order of their making
       const bool exact = states_[target].length == states_[state].length + 1;
       states_[fresh].link = exact ? target : clone(state, token, target);
     }
@@ -220,7 +228,8 @@ class SuffixAutomaton {
   }
 
   int32_t clone(int32_t state, int32_t token, int32_t target) {
-    const int32_t copy = add_state(states_[target]);
+    ++num_states_;
+    const int32_t copy = static_cast<int32_t>(clones_.push(states_[target]));
     states_[copy].length = states_[state].length + 1;
     if (!clones_inherit_) states_[copy].weight = 0.0f;
     if (const uint32_t more = states_[target].more) {
@@ -245,7 +254,9 @@ class SuffixAutomaton {
   }
 
   std::shared_ptr<IndexMemory> memory_;
-  ArenaArray<State> states_;
+  // Clones lie apart: the states of whole sequences are seldom met again, and between clones they would double the lines
+  // that repeated text runs through.
+  ArenaArray<State> states_, clones_;
   ArenaArray<Edge> edges_;
   int32_t root_ = 0;
   size_t num_states_ = 0;

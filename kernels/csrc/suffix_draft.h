@@ -24,16 +24,22 @@ struct Draft {
   float* probs;
   int16_t* cells;
   int count = 0;
-  float score = 0.0f;
+  float score = 0.0f, path = 1.0f;  // path: the probability that all tokens are accepted
   int32_t match_len = 0;
   Source source = kSourceNone;
   uint8_t age = 0;
+
+  void clear() {
+    count = 0;
+    score = 0.0f;
+    path = 1.0f;
+  }
 
   // False when the token is not worth drafting.
   bool add(int32_t token, float relative_weight, int match, Source from, uint8_t from_age, const Calibration& calibration,
            const DraftLimits& limits) {
     const int16_t cell = cell_of(source_class(from, from_age), match, relative_weight);
-    const float prob = calibration.probability(cell, relative_weight) * (count ? probs[count - 1] : 1.0f);
+    const float prob = calibration.probability(cell, relative_weight) * path;
     if (prob < limits.min_prob || count == limits.max_tokens) return false;
     if (count == 0) {
       source = from;
@@ -44,6 +50,7 @@ struct Draft {
     cells[count] = cell;
     probs[count++] = prob;
     score += prob;
+    path = prob;
     return true;
   }
 };
@@ -100,8 +107,7 @@ void draft_from(const View& view, int32_t at, int32_t matched, int max_candidate
     if (best.score >= limits.enough && matched <= best.match_len) return;
     if (view.tier.state(at).token != kNoToken) {
       ++tried;
-      spare.count = 0;
-      spare.score = 0.0f;
+      spare.clear();
       follow(view, at, matched, calibration, limits, spare);
       if (spare.score > best.score) std::swap(best, spare);
     }
