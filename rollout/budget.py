@@ -114,10 +114,12 @@ def least_probability(
     """
     rows = np.maximum(num_live, 1)
     waiting = num_queued / (num_queued + rows)
-    last = (1.0 - waiting) * np.nan_to_num(chances) + waiting / rows
+    last = (1.0 - waiting) * np.where(chances == chances, chances, 0.0) + waiting / rows
     spent = step.base * last + step.tok * (1.0 + width)
-    least = np.where(spent > 0.0, step.tok * speed / np.where(spent > 0.0, spent, 1.0), 0.0)
-    return np.clip(np.nan_to_num(least, nan=1.0), 0.0, 1.0)
+    with np.errstate(all="ignore"):
+        least = step.tok * speed / spent
+    # What is no number is worth no draft, unless tokens are free.
+    return np.where(spent > 0.0, np.where(least <= 1.0, np.maximum(least, 0.0), 1.0), 0.0)
 
 
 class PriceBudget:

@@ -213,7 +213,7 @@ class TorchEngine:
         price = self.pricing.price(self.budget, live, self.table, len(self._queue), self._observed.model)
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
-        np.clip(limit, 0, self.max_draft_tokens, out=limit)
+        limit = np.minimum(np.maximum(limit, 0), self.max_draft_tokens)
         branching = price.branching if self.kernels.trees else None
         price = Price(limit.astype(np.int32), price.min_accept_prob, branching)
         if limit.any():
