@@ -7,8 +7,6 @@ beside its tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from slipstream.drafter.base import DraftBatch, Price, Ragged
@@ -82,9 +80,7 @@ class NativeBooks(Books):
         if num_drafted and price is not None and price.branching is not None:
             used = int(widths.sum())
             sampled = logit_rows[: len(row_drafts)]
-            tree = plan_trees(
-                drafts, draft_rows, draft_counts, sampled, positions[:used], len(positions) - used
-            )
+            tree = plan_trees(drafts, draft_rows, draft_counts, sampled, positions[:used], len(positions) - used)
         plan = StepPlan(
             token_ids,
             slots,
@@ -153,6 +149,6 @@ def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return row_of, np.arange(len(row_of)) - (np.cumsum(counts) - counts)[row_of]
 
 
-def make_books(kernels: KernelSet | Any) -> Books:
+def make_books(kernels: KernelSet) -> Books:
     """Native books where the extension is built, but for the kernels that are plain twins throughout."""
     return Books() if _native is None or kernels.name == "reference" else NativeBooks()

@@ -91,10 +91,12 @@ def test_plans_tables_and_counts_are_those_of_the_twin(seed: int, trees: bool, r
         for field in fields(plain.tree):
             assert same(getattr(plain.tree, field.name), getattr(native.tree, field.name)), field.name
     assert invalid == native_invalid
-    assert same(new.values, native_new.values) and same(new.offsets, native_new.offsets)
+    assert same(new.values, native_new.values)
+    assert same(new.offsets, native_new.offsets)
     for name in TABLE:
         assert same(getattr(table, name), getattr(native_table, name)), name
-    assert same(model.seen, native_model.seen) and same(model.accepted, native_model.accepted)
+    assert same(model.seen, native_model.seen)
+    assert same(model.accepted, native_model.accepted)
     np.testing.assert_allclose(model.curve, native_model.curve, rtol=1e-12)
     np.testing.assert_allclose(model.squared_error, native_model.squared_error, rtol=1e-12)
 
