@@ -24,7 +24,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "slipstream.kernels._native",
-            [str(SOURCES / name) for name in ("binding.cpp", "checksum_binding.cpp", "suffix_binding.cpp")],
+            [
+                str(SOURCES / name)
+                for name in ("binding.cpp", "checksum_binding.cpp", "step_binding.cpp", "suffix_binding.cpp")
+            ],
             depends=sorted(str(path) for path in SOURCES.iterdir()),
             cxx_std=17,
             # -ffp-contract=off: a fused multiply-add would round differently from the reference.

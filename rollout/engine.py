@@ -54,10 +54,10 @@ class EngineStats:
 
     def count_drafts(self, sources: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
         """One verified step: [R] source code (of SOURCE_NAMES), draft tokens and kept ones of every sampling row."""
-        self.drafted += int(drafted.sum())
-        self.accepted += int(accepted.sum())
-        self.draft_rounds += int(np.count_nonzero(drafted))
         drafted_of, accepted_of = np.bincount(sources, drafted).tolist(), np.bincount(sources, accepted).tolist()
+        self.drafted += int(sum(drafted_of))
+        self.accepted += int(sum(accepted_of))
+        self.draft_rounds += int(np.count_nonzero(drafted))
         for name, num_drafted, num_accepted in zip(SOURCE_NAMES, drafted_of, accepted_of, strict=False):
             if num_drafted:
                 self.drafted_by_source[name] = self.drafted_by_source.get(name, 0) + int(num_drafted)

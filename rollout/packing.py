@@ -39,7 +39,7 @@ class StepPlan:
     prompt chunks that do not reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets:
     [R' + 1] int64 into the sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows:
     [R padded] int64, the packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts,
-    draft_sources: [R']. tree: where a draft branches.
+    draft_sources: [R']; num_drafted: draft tokens of all. tree: where a draft branches.
     """
 
     token_ids: np.ndarray
@@ -57,6 +57,7 @@ class StepPlan:
     draft_counts: np.ndarray
     draft_sources: np.ndarray
     num_prefill_tokens: int
+    num_drafted: int = 0
     tree: TreePlan | None = None
 
 
@@ -208,5 +209,6 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
         draft_counts=counts[sampling],
         draft_sources=drafts.source[sampling],
         num_prefill_tokens=int(take[~decoding].sum()),
+        num_drafted=int(counts.sum()),
         tree=tree,
     )

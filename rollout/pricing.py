@@ -19,7 +19,9 @@ from slipstream.rollout.packing import StepPlan
 from slipstream.rollout.slots import SlotTable
 
 PRICE_EVERY = 4
-"""Steps that an unchanged batch keeps its price for: responses grow by a few tokens meanwhile."""
+"""Steps that a batch which nobody joins keeps its price for: responses grow by a few tokens meanwhile."""
+LEAST_LEFT = 0.75
+"""Share of the requests priced that must still be live: fewer are worth another price."""
 NOTE_EVERY = 32
 """Steps between two estimates of P(last) that are kept for comparison with who was last."""
 PRIOR_ROUNDS = 8.0
@@ -49,6 +51,7 @@ class Pricing:
         self._live: LiveBatch | None = None
         self._budget: BudgetPolicy | None = None
         self._price, self._age = Price(np.zeros(0, np.int32), np.zeros(0, np.float32)), 0
+        self._slots, self._num_priced = np.zeros(0, np.int64), 0
         self._chances = np.zeros(0)
         self.learn_lengths(LengthModel() if lengths is None else lengths)
 
@@ -66,10 +69,10 @@ class Pricing:
         """
         slots = table.order
         self._age += 1
-        same = self._live is not None and self._budget is budget and np.array_equal(live.uids, self._live.uids)
-        if not same or self._age >= PRICE_EVERY:
+        if self._budget is not budget or self._age >= PRICE_EVERY or not self._keep(live, table):
             self._price, self._age = self._new_price(budget, live, table, num_queued, acceptance), 0
-            self._budget = budget
+            self._budget, self._num_priced = budget, len(slots)
+        self._slots = slots
         self._live, price = live, self._price
         if self.guard is None or not (price.max_draft > 0).any():
             self._measured = False
@@ -79,6 +82,26 @@ class Pricing:
         if self.guard.allows() if self._measured else self.guard.speculating:
             return price
         return Price(np.zeros_like(price.max_draft), price.min_accept_prob)
+
+    def _keep(self, live: LiveBatch, table: SlotTable) -> bool:
+        """Whether the price is still about these requests: all of them were priced, and most are still there. Those
+        that have left go from it."""
+        before, slots, known = self._live, table.order, self._slots
+        if before is None or not LEAST_LEFT * self._num_priced <= len(slots) <= len(known):
+            return False
+        if len(slots) == len(known):
+            return bool((live.uids == before.uids).all())
+        is_live = np.zeros(table.num_slots, bool)
+        is_live[slots] = True
+        stayed = is_live[known] & (table.uid[known] == before.uids)
+        # The order of admission never changes: as many as are live now are those.
+        if np.count_nonzero(stayed) != len(slots):
+            return False
+        price, chances = self._price, self._chances[stayed]
+        branching = None if price.branching is None else price.branching[stayed]
+        self._price = Price(price.max_draft[stayed], price.min_accept_prob[stayed], branching)
+        self._chances = chances / chances.sum() if chances.sum() > 0.0 else np.full(len(slots), 1.0 / len(slots))
+        return True
 
     def _new_price(
         self, budget: BudgetPolicy, live: LiveBatch, table: SlotTable, num_queued: int, acceptance: AcceptanceModel
@@ -120,8 +143,8 @@ class Pricing:
         accepted = np.maximum(counts - 1, 0)
         budget.observe(plan.draft_counts, accepted)
         if len(counts):
-            self._drafted += (1.0 - FADE_PER_STEP) * (float(plan.draft_counts.mean()) - self._drafted)
-            self._accepted += (1.0 - FADE_PER_STEP) * (float(accepted.mean()) - self._accepted)
+            self._drafted += (1.0 - FADE_PER_STEP) * (plan.num_drafted / len(counts) - self._drafted)
+            self._accepted += (1.0 - FADE_PER_STEP) * (int(accepted.sum()) / len(counts) - self._accepted)
         if self._measured and self.guard is not None:
             self.guard.observe(seconds, float(self._chances[plan.draft_rows] @ counts))
         if not len(table.order):

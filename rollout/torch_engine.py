@@ -24,10 +24,11 @@ from slipstream.drafter.base import DraftBatch, Drafter, LiveBatch, Price, Ragge
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
+from slipstream.rollout.bookkeeping import make_books, spread
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats, Patch
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
-from slipstream.rollout.packing import StepPlan, cut_invalid_drafts, plan_step
+from slipstream.rollout.packing import StepPlan
 from slipstream.rollout.prefix import PrefixStore
 from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.runner_choice import RunnerOptions, make_runner
@@ -94,6 +95,7 @@ class TorchEngine:
         options = RunnerOptions(cuda_graphs, compile, batch_invariant)
         self.runner, self.runner_reason = make_runner(self.model, self.cache, self.kernels, options)
         self.prefixes = PrefixStore(self.table, self.cache)
+        self._books = make_books(self.kernels)
         self._queue: deque[Request] = deque()
         self._queued_uids: set[int] = set()
         self._refused: list[Rollout] = []
@@ -184,17 +186,18 @@ class TorchEngine:
         drafting_from = time.perf_counter()
         price = self._propose()
         drafted_at = time.perf_counter()
-        plan = plan_step(self.table, self._drafts, price, self.max_forward_tokens)
+        plan, invalid = self._books.plan(self.table, self._drafts, price, self.max_forward_tokens, self.vocab_size)
+        self._stats.invalid_drafts += invalid
         self.runner.launch(plan, self.table.sampling_rows(plan.sampling_slots))
         self._extend_late()
         result = self.runner.collect()
         verified = result.verified
         self._stats.graph_steps += result.graphed
-        finished = self._commit(plan, verified)
+        new = self._commit(plan, verified)
         extended_from = time.perf_counter()
-        self._extend(plan, verified)
+        self._extend(plan, verified, new)
         extend_s = time.perf_counter() - extended_from
-        done = refused + self._retire(plan, finished)
+        done = refused + self._retire(plan, verified.finish)
         draft_s = drafted_at - drafting_from + extend_s
         total_s = time.perf_counter() - started
         self._account(plan, draft_s, result.forward_s, result.sample_s, total_s)
@@ -210,56 +213,45 @@ class TorchEngine:
         price = self.pricing.price(self.budget, live, self.table, len(self._queue), self._observed.model)
         pending = self.table.length[slots] - self.table.cached[slots]
         limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
-        np.clip(limit, 0, self.max_draft_tokens, out=limit)
+        limit = np.minimum(np.maximum(limit, 0), self.max_draft_tokens)
         branching = price.branching if self.kernels.trees else None
         price = Price(limit.astype(np.int32), price.min_accept_prob, branching)
         if limit.any():
             self._extend_late()
             self.drafter.propose(live, price, self._drafts)
-            self._stats.invalid_drafts += cut_invalid_drafts(self._drafts, len(slots), self.vocab_size)
         return price
 
-    def _commit(self, plan: StepPlan, verified: Verified) -> np.ndarray:
-        """Writes the new tokens; returns the finish code of every sampling slot."""
-        table, slots, count = self.table, plan.sampling_slots, verified.count
-        table.cached[plan.chunk_slots] += plan.chunk_sizes
-        length = table.length[slots]
-        row_of = np.repeat(np.arange(len(slots)), count)
-        nth = np.arange(len(row_of)) - (np.cumsum(count) - count)[row_of]
-        source = plan.row_offsets[row_of] + nth
-        where = slots[row_of], length[row_of] + nth
-        table.tokens[where] = verified.tokens[source]
-        table.logprobs[where] = verified.logprobs[source]
-        table.versions[where] = self.policy_version
+    def _commit(self, plan: StepPlan, verified: Verified) -> Ragged:
+        """Writes the new tokens; returns those of every sampling slot."""
+        if len(plan.chunk_slots):
+            self.table.cached[plan.chunk_slots] += plan.chunk_sizes
         if verified.path is not None:
-            self._gather_path(slots[row_of], (length - 1)[row_of], nth, verified.path[source])
-        length += count
-        table.length[slots], table.cached[slots] = length, length - 1
-        table.rounds[slots] += count > 0
-        self._stats.generated_tokens += len(row_of)
-        self._stats.rounds += int(np.count_nonzero(count))
-        if plan.draft_counts.any():
-            accepted = np.maximum(count - 1, 0)
-            table.drafted[slots] += plan.draft_counts
-            table.accepted[slots, plan.draft_sources] += accepted
-            self._stats.count_drafts(plan.draft_sources, plan.draft_counts, accepted)
-        return verified.finish
+            self._gather_path(plan, verified.count, verified.path)
+        new = self._books.commit(self.table, plan, verified, self.policy_version)
+        self._stats.generated_tokens += len(new.values)
+        self._stats.rounds += int(np.count_nonzero(verified.count))
+        if plan.num_drafted:
+            self._stats.count_drafts(plan.draft_sources, plan.draft_counts, np.maximum(verified.count - 1, 0))
+        return new
 
-    def _gather_path(self, slots: np.ndarray, start: np.ndarray, nth: np.ndarray, path: np.ndarray) -> None:
-        """Brings the accepted path of trees to where a chain would have been. All [n], of every new token: its slot,
-        the place of the last token before the step, how many new ones come before it, the row it was sampled at."""
-        moved = path != nth
+    def _gather_path(self, plan: StepPlan, count: np.ndarray, path: np.ndarray) -> None:
+        """Brings the accepted path of trees to where a chain would have been."""
+        row_of, nth = spread(count)
+        row = path[plan.row_offsets[row_of] + nth]
+        slots, last = plan.sampling_slots[row_of], (self.table.length[plan.sampling_slots] - 1)[row_of]
+        moved = row != nth
         if moved.any():
-            self.cache.move(slots[moved], (start + path)[moved], (start + nth)[moved])
+            self.cache.move(slots[moved], (last + row)[moved], (last + nth)[moved])
 
-    def _extend(self, plan: StepPlan, verified: Verified) -> None:
+    def _extend(self, plan: StepPlan, verified: Verified, new: Ragged) -> None:
         if self.drafter is None or not len(plan.sampling_slots):
             return
-        self._observe_acceptance(plan, verified)
-        offsets = np.zeros(len(verified.count) + 1, np.int64)
-        np.cumsum(verified.count, out=offsets[1:])
-        taken = np.arange(offsets[-1]) + np.repeat(plan.row_offsets[:-1] - offsets[:-1], verified.count)
-        self._late = self.table.live_batch(plan.sampling_slots), Ragged(verified.tokens[taken], offsets)
+        if plan.num_drafted:
+            self._books.observe(self._observed, self._drafts, plan, verified)
+            self._observed_steps += 1
+            if calibrates_after(self._observed_steps):
+                self.drafter.calibrate(self.acceptance.probabilities())
+        self._late = self.table.live_batch(plan.sampling_slots), new
         if not self.runner.overlaps:
             self._extend_late()
 
@@ -280,16 +272,6 @@ class TorchEngine:
         self._observed = AcceptanceBuffer(acceptance)
         if self.drafter is not None:
             self.drafter.calibrate(acceptance.probabilities())
-
-    def _observe_acceptance(self, plan: StepPlan, verified: Verified) -> None:
-        if self.drafter is None or not plan.draft_counts.any():
-            return
-        rows, accepted = plan.draft_rows, np.maximum(verified.count - 1, 0)
-        path = None if verified.path is None else Ragged(verified.path, plan.row_offsets)
-        self._observed.observe(self._drafts, rows, plan.draft_counts, accepted, verified.finish != 0, path)
-        self._observed_steps += 1
-        if calibrates_after(self._observed_steps):
-            self.drafter.calibrate(self.acceptance.probabilities())
 
     def _retire(self, plan: StepPlan, finish: np.ndarray) -> list[Rollout]:
         done = []

@@ -57,7 +57,7 @@ inline void move_kv(const CacheShape& s, float* keys, float* values, int64_t cou
     }
 }
 
-constexpr int kMostQueries = 4;      // queries that share what they read of the cache
+constexpr int kMostQueries = 8;      // queries that share what they read of the cache
 constexpr int64_t kTaskTokens = 16;  // tokens that one thread takes at a time, at most
 
 // One query: where it lies, where its result goes, and its positions start .. end - 1. Those below `branch` lie at their

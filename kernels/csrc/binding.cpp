@@ -205,6 +205,7 @@ static void bind_sampler(py::module_& m) {
 
 void bind_suffix_index(py::module_& m);  // suffix_binding.cpp
 void bind_checksum(py::module_& m);      // checksum_binding.cpp
+void bind_step(py::module_& m);          // step_binding.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels; each has its plain twin in slipstream.kernels.reference.";
@@ -216,4 +217,5 @@ PYBIND11_MODULE(_native, m) {
   bind_sampler(m);
   bind_suffix_index(m);
   bind_checksum(m);
+  bind_step(m);
 }

@@ -75,9 +75,11 @@ class PackedLinear {
     const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_;  // operations of one panel
     const int64_t at_once = std::clamp<int64_t>(2 * kTaskWork / std::max<int64_t>(work, 1), 1, panels);
     const int64_t panel_tasks = (panels + at_once - 1) / at_once;
+    // Tasks of one size: two threads end together.
     for_each_task(threads, row_tasks * panel_tasks, [&](int64_t task) {
-      const int64_t row = task / panel_tasks * kTaskRows, panel = task % panel_tasks * at_once;
-      linear_part(isa, args, {panel, std::min(panels, panel + at_once), row, std::min(rows, row + kTaskRows)});
+      const int64_t row = task / panel_tasks * kTaskRows, part = task % panel_tasks;
+      linear_part(isa, args, {part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,
+                              std::min(rows, row + kTaskRows)});
     });
   }
 

@@ -245,7 +245,7 @@ struct Wide {
   SLIPSTREAM_FORCE Wide over(float b) const { return {_mm512_div_ps(lanes, _mm512_set1_ps(b))}; }
   SLIPSTREAM_FORCE Wide plus(const Wide& b) const { return {_mm512_add_ps(lanes, b.lanes)}; }
 };
-constexpr int kChunk = 16, kTileRows = 12, kTileQueries = 4;
+constexpr int kChunk = 16, kTileRows = 12, kTileQueries = 8;
 
 template <typename Words>
 SLIPSTREAM_FORCE void multiply_words(const Words& a, uint32_t b, Words& out) {

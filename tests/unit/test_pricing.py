@@ -6,14 +6,16 @@ import dataclasses
 
 import numpy as np
 
-from slipstream.drafter.base import HistoryRecord
+from slipstream.drafter.base import HistoryRecord, LiveBatch, Price
 from slipstream.drafter.suffix import SuffixDrafter
 from slipstream.rollout.acceptance import CURVE_PRIOR_TOKENS, AcceptanceModel
 from slipstream.rollout.budget import FixedBudget, PriceBudget
+from slipstream.rollout.cost_model import CostModel
 from slipstream.rollout.guard import Guard
 from slipstream.rollout.learned import Learned, Observed, observe_records
-from slipstream.rollout.lengths import LengthModel
-from slipstream.rollout.pricing import Pricing
+from slipstream.rollout.lengths import LengthModel, LiveLengths
+from slipstream.rollout.pricing import PRICE_EVERY, Pricing
+from slipstream.rollout.slots import SlotTable
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from tests.tiny_models import tiny_model
@@ -58,6 +60,49 @@ def test_every_step_is_a_measurement_and_every_batch_settles_who_was_last() -> N
     assert engine.stats().accepted > 0
     assert pricing.cost.totals[4] == engine.stats().steps
     assert pricing.metrics()["das/last_brier"] >= 0.0
+
+
+class CountingBudget(PriceBudget):
+    """Prices as its base does, and remembers for how many requests."""
+
+    def __init__(self) -> None:
+        super().__init__(16)
+        self.priced: list[int] = []
+
+    def price(self, live: LiveBatch, cost: CostModel | None = None, lengths: LiveLengths | None = None) -> Price:
+        """See PriceBudget."""
+        self.priced.append(len(live))
+        return super().price(live, cost, lengths)
+
+
+def test_a_price_stays_while_requests_only_leave_and_most_are_there() -> None:
+    pricing, budget, table = Pricing(8), CountingBudget(), SlotTable(8, 64)
+    for request in requests(8):
+        table.admit(request)
+
+    def price() -> Price:
+        return pricing.price(budget, table.live_batch(table.order), table, 0, AcceptanceModel())
+
+    first = price()
+    table.retire(2, "stop")
+    table.retire(6, "stop")
+    second = price()
+    assert budget.priced == [8]
+    stayed = [0, 2, 3, 4, 6, 7]  # slots are given out from the last one down: rows 1 and 5 have left
+    np.testing.assert_array_equal(second.min_accept_prob, first.min_accept_prob[stayed])
+    np.testing.assert_array_equal(second.max_draft, first.max_draft[stayed])
+    assert abs(pricing._chances.sum() - 1.0) < 1e-9
+    table.retire(0, "stop")
+    assert len(price().max_draft) == 5
+    assert budget.priced == [8, 5]
+    # Another request in the place of one that left is no old acquaintance.
+    table.retire(4, "stop")
+    table.admit(requests(9)[-1])
+    assert len(price().max_draft) == 5
+    assert budget.priced == [8, 5, 5]
+    for _ in range(PRICE_EVERY):
+        price()
+    assert budget.priced == [8, 5, 5, 5]
 
 
 def test_the_guard_holds_steps_out_and_stops_what_it_must_not_allow() -> None:
