@@ -185,7 +185,7 @@ class RolloutPool:
     def update_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
         """Every worker serves the handle's version afterwards, or, where this raises, what it served before."""
         update = self._crew.prepare_policy(handle, timeout_s)
-        refs = {w: w.handle.update_policy.remote(handle, timeout_s, vouched=True) for w in update.receipts}
+        refs = {w: w.handle.commit_policy.remote(handle.version, "continue", timeout_s) for w in update.receipts}
         self._crew.update_policy(refs, handle, f"weights of version {handle.version}", timeout_s)
         return update
 

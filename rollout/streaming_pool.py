@@ -53,7 +53,7 @@ class StreamingPool(RolloutPool):
         it served before. Bytes are fetched and verified while the engines step."""
         update = self._crew.prepare_policy(handle, timeout_s)
         refs = {
-            worker: worker.handle.swap_policy.remote(handle, in_flight, timeout_s, vouched=True)
+            worker: worker.handle.commit_policy.remote(handle.version, in_flight, timeout_s)
             for worker in update.receipts
         }
         self._crew.update_policy(refs, handle, f"weights of version {handle.version} ({in_flight})", timeout_s)

@@ -86,16 +86,14 @@ class StreamingWorker(RolloutWorker):
         join = super().join_shared_folder
         self._stepper.call(lambda: join(path), "sharing the index", CALL_TIMEOUT_S)
 
-    def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
-        """Serves the handle's version, from between two batches on; returns it. See the plain worker's."""
-        return self.swap_policy(handle, "continue", timeout_s, vouched)
-
-    def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float, vouched: bool = False) -> int:
-        """Serves the handle's version, from between two engine steps on; returns it, or REPLACED, as update_policy."""
-        if not vouched and not self._receiver.prepare_alone(handle, timeout_s):
-            return REPLACED
-        version = handle.version
+    def commit_policy(self, version: int, in_flight: InFlight = "continue", timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """Serves what `prepare_policy` has fetched, from between two engine steps on; returns its version."""
         return self._stepper.update_policy(lambda: self._receiver.commit(version), version, in_flight, timeout_s)
+
+    def update_policy(self, handle: WeightHandle, timeout_s: float) -> int:
+        """See the plain worker's."""
+        prepared = self._receiver.prepare_alone(handle, timeout_s)
+        return self.commit_policy(handle.version, "continue", timeout_s) if prepared else REPLACED
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

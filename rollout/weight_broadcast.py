@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from slipstream.rollout.weight_handle import Arrays, Share, WeightError
+from slipstream.rollout.weight_handle import Arrays, WeightError
 
 ALIGNMENT_BYTES = 64
 CONNECT_TIMEOUT_S = 30.0
@@ -71,9 +71,8 @@ class BroadcastPayload:
     sizes: tuple[tuple[str, int], ...]
     same_pages: ClassVar[bool] = False
     adoptable: ClassVar[bool] = True
-    verifies: ClassVar[bool] = False
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
+    def receive(self, timeout_s: float) -> Arrays:
         """Joins a group and takes part in one broadcast, into new memory."""
         with _MEMBER.lock:
             store = _MEMBER.connect(self, timeout_s)

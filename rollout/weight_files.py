@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slipstream.rollout.weight_handle import Arrays, Share, WeightError, as_bytes
+from slipstream.rollout.weight_handle import Arrays, WeightError, as_bytes
 
 PATTERN = "weights-*"
 
@@ -29,10 +29,9 @@ class FilePayload:
     num_bytes: int
     same_pages: ClassVar[bool] = True
     adoptable: ClassVar[bool] = False
-    verifies: ClassVar[bool] = False
     """Whoever cut the file would kill a process that computes with its pages: they are copied."""
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
+    def receive(self, timeout_s: float) -> Arrays:
         """The file's tensors, mapped."""
         try:
             size = os.stat(self.path).st_size

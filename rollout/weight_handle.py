@@ -11,10 +11,12 @@ Invariants
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cached_property, lru_cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -62,12 +64,20 @@ class Layout:
     tensors: tuple[TensorSpec, ...]
     block_bytes: int
 
+    # A handle goes to every worker, version after version: what is in it more than once is made once.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _layout_from, (self._text,)
+
+    @cached_property
+    def _text(self) -> str:
+        return json.dumps([self.block_bytes, [[getattr(spec, name) for name in _FIELDS] for spec in self.tensors]])
+
     @property
     def num_bytes(self) -> int:
         """Bytes of a whole version."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
-    @property
+    @cached_property
     def offsets(self) -> np.ndarray:
         """The first block of every tensor, and the number of all: int64 [T + 1]."""
         counts = [num_blocks(tensor.num_bytes, self.block_bytes) for tensor in self.tensors]
@@ -87,6 +97,17 @@ class Layout:
         return (len(blocks) - 1) * self.block_bytes + min(self.block_bytes, size - last * self.block_bytes)
 
 
+_FIELDS = ("part", "name", "dtype", "shape", "num_bytes")
+
+
+@lru_cache(maxsize=8)
+def _layout_from(text: str) -> Layout:
+    block_bytes, specs = json.loads(text)
+    return Layout(
+        tuple(TensorSpec(p, name, dtype, tuple(shape), size) for p, name, dtype, shape, size in specs), block_bytes
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """The nth of `of` equal parts of the blocks: the workers of a node look at one each."""
@@ -103,8 +124,7 @@ class Payload(Protocol):
     """Where the bytes of a frame are. Travels to every worker, so it is small.
 
     same_pages: all workers of a node map the same memory, so that one look at it is enough for all of them.
-    adoptable: what `receive` returns is never written by anybody while it is referenced. verifies: `receive` compares
-    the share's blocks with their checksums, the frame holds none.
+    adoptable: what `receive` returns is never written by anybody while it is referenced.
     """
 
     @property
@@ -115,12 +135,17 @@ class Payload(Protocol):
     def adoptable(self) -> bool:
         """See above."""
 
-    @property
-    def verifies(self) -> bool:
-        """See above."""
+    def receive(self, timeout_s: float) -> Arrays:
+        """The bytes; WeightError when they are lost, torn or late."""
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
-        """The bytes; WeightError when they are lost, torn or late. share, verify: for payloads that verify."""
+
+@runtime_checkable
+class FollowedPayload(Payload, Protocol):
+    """One whose bytes are still being written when they are received, whole versions only; the frame holds no
+    checksums. It verifies by itself."""
+
+    def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
+        """Returns when a share of the blocks is there and, if `verify`, matches its checksums; else WeightError."""
 
 
 @dataclass(frozen=True)

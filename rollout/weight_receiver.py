@@ -10,8 +10,8 @@ Invariants
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from slipstream.rollout.engine import Patch
 from slipstream.rollout.weight_handle import (
     Arrays,
+    FollowedPayload,
     Frame,
     Held,
     Share,
@@ -47,10 +48,14 @@ class Receipt:
 
 @dataclass(frozen=True)
 class _Prepared:
+    """What `commit` hands to the engine: nothing is left to be done then but that."""
+
     handle: WeightHandle
-    frames: tuple[Frame, ...]
-    arrays: tuple[Arrays, ...]
-    held: Held | None
+    policy: Mapping[str, torch.Tensor]
+    draft: Mapping[str, torch.Tensor]
+    patches: Sequence[Mapping[str, Patch]]
+    adopt: bool
+    held: Held | None = None
 
 
 REPLACED = -1
@@ -73,18 +78,23 @@ class WeightReceiver:
         shapes = {spec.name: spec.shape for spec in layout.tensors if spec.part == "policy"}
         self._engine.check_policy(shapes, version)
         frames = handle.frames_after(self._held)
-        arrays = tuple(frame.payload.receive(timeout_s, share, handle.verify) for frame in frames)
+        arrays = tuple(frame.payload.receive(timeout_s) for frame in frames)
         whole = bool(frames) and frames[0].blocks is None
+        followed = [frame.payload for frame in frames if isinstance(frame.payload, FollowedPayload)]
         held = None
         for frame, received in zip(frames, arrays, strict=True):
-            check_arrays(layout, frame, received)
+            if not followed:
+                check_arrays(layout, frame, received)
             if not frame.payload.same_pages:
                 share = Share()
-        if handle.verify and not any(frame.payload.verifies for frame in frames):
+        prepared = _unpacked(handle, frames, arrays)
+        for payload in followed:
+            payload.follow(share, handle.verify, timeout_s)
+        if handle.verify and not followed:
             held = advance(layout, None if whole else self._held, frames)
             for frame, received in zip(frames, arrays, strict=True):
                 verify_blocks(layout, frame, received, *share.limits(len(frame.checksums)), self._num_threads)
-        self._prepared = _Prepared(handle, frames, arrays, held)
+        self._prepared = replace(prepared, held=held)
         num_bytes = sum(frame.num_bytes for frame in frames)
         return Receipt(self._node(), version, len(frames), num_bytes, whole, share, time.perf_counter() - started)
 
@@ -99,21 +109,11 @@ class WeightReceiver:
     def commit(self, version: int) -> int:
         """Serves what was prepared; the version. Only between two engine steps, and only if all of it is verified."""
         prepared = self._ready(version)
-        policy: dict[str, torch.Tensor] = {}
-        draft: dict[str, torch.Tensor] = {}
-        patches: list[Mapping[str, Patch]] = []
-        for frame, arrays in zip(prepared.frames, prepared.arrays, strict=True):
-            draft = _tensors(prepared.handle, arrays, "speculator") or draft
-            if frame.blocks is None:
-                policy = _tensors(prepared.handle, arrays, "policy")
-            else:
-                patches.append(_patches(prepared.handle, frame, arrays))
-        adopt = bool(prepared.frames) and prepared.frames[0].payload.adoptable
-        if draft:
+        if prepared.draft:
             # First: a draft of another version than the policy costs acceptance, never a token.
-            self._engine.update_draft(draft, version)
+            self._engine.update_draft(prepared.draft, version)
         self._prepared = self._held = None
-        self._engine.update_policy(policy, version, adopt=adopt, patches=patches)
+        self._engine.update_policy(prepared.policy, version, adopt=prepared.adopt, patches=prepared.patches)
         self._held = prepared.held
         return version
 
@@ -121,6 +121,19 @@ class WeightReceiver:
         if self._prepared is None or self._prepared.handle.version != version:
             raise WeightError(f"weights of version {version} were not prepared")
         return self._prepared
+
+
+def _unpacked(handle: WeightHandle, frames: Sequence[Frame], arrays: Sequence[Arrays]) -> _Prepared:
+    policy: dict[str, torch.Tensor] = {}
+    draft: dict[str, torch.Tensor] = {}
+    patches: list[Mapping[str, Patch]] = []
+    for frame, received in zip(frames, arrays, strict=True):
+        draft = _tensors(handle, received, "speculator") or draft
+        if frame.blocks is None:
+            policy = _tensors(handle, received, "policy")
+        else:
+            patches.append(_patches(handle, frame, received))
+    return _Prepared(handle, policy, draft, patches, bool(frames) and frames[0].payload.adoptable)
 
 
 def _tensors(handle: WeightHandle, arrays: Arrays, part: str) -> dict[str, torch.Tensor]:

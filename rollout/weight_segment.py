@@ -112,13 +112,26 @@ class SegmentPayload:
     layout: Layout
     same_pages: ClassVar[bool] = True
     adoptable: ClassVar[bool] = True
-    verifies: ClassVar[bool] = True
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
-        """All tensors, mapped, once a share of their blocks is there and verified."""
+    def receive(self, timeout_s: float) -> Arrays:
+        """All tensors, mapped; `follow` says when they may be read."""
+        streams = zip(self.layout.tensors, self._segment(timeout_s).streams(), strict=True)
+        return {spec.key: mapped_tensor(stream.data) for spec, stream in streams}
+
+    def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
+        """Reads a share of the blocks behind the writer."""
         until = time.monotonic() + timeout_s
         try:
-            lease = Lease(self.path, segment_bytes(self.layout), until)
+            self._segment(timeout_s).follow(self.turn, share, verify, until, self.path)
+        except WeightsReplaced:
+            raise
+        except WeightError as error:
+            raise WeightError(f"weights in shared memory: {error}") from error
+
+    def _segment(self, timeout_s: float) -> Segment:
+        """This version's, with a lease of its own."""
+        try:
+            lease = Lease(self.path, segment_bytes(self.layout), time.monotonic() + timeout_s)
         except OSError as error:
             raise WeightError(
                 f"weights in the shared memory of node {self.node}: {type(error).__name__}: {error}; either their "
@@ -127,12 +140,7 @@ class SegmentPayload:
         segment = Segment(self.layout, np.asarray(lease))
         if segment.identity != self.identity or segment.turn != self.turn:
             raise WeightsReplaced("weights in shared memory: a newer version has taken their place")
-        try:
-            segment.follow(self.turn, share, verify, until, self.path)
-        except WeightError as error:
-            raise WeightError(f"weights in shared memory: {error}") from error
-        streams = zip(self.layout.tensors, segment.streams(), strict=True)
-        return {spec.key: mapped_tensor(stream.data) for spec, stream in streams}
+        return segment
 
 
 class Lease:

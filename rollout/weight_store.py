@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from slipstream.rollout.weight_handle import Arrays, Share, WeightError, as_bytes, mapped_tensor
+from slipstream.rollout.weight_handle import Arrays, WeightError, as_bytes, mapped_tensor
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class StorePayload:
     ref: Any
     same_pages: ClassVar[bool] = True
     adoptable: ClassVar[bool] = True
-    verifies: ClassVar[bool] = False
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
+    def receive(self, timeout_s: float) -> Arrays:
         """The arrays, in the memory of this node's store."""
         try:
             arrays = ray.get(self.ref, timeout=timeout_s)

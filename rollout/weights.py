@@ -21,11 +21,14 @@ class WeightTable:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._tensors = dict(model.state_dict(keep_vars=True))
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         # By identity, not by name: a tied tensor has several.
         self._adopted: set[int] = set()
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> None:
         """Raises EngineError naming a missing, unknown or misshapen tensor."""
+        if shapes == self._shapes:
+            return
         unknown = sorted(set(shapes) - set(self._tensors))
         if unknown:
             raise EngineError(f"weights of version {version} hold {unknown[0]!r}, which the model does not have")

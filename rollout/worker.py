@@ -144,13 +144,14 @@ class RolloutWorker:
         """Fetches weights and verifies a share of them, beside whatever the engine does; serves what it served."""
         return self._receiver.prepare(handle, share, timeout_s)
 
-    def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
-        """Serves the handle's version; returns it. vouched: prepare_policy was called before, and all shares are
-        verified; else everything is fetched and verified here, as for a worker that comes late, which gets REPLACED
-        when a newer version has taken the place of the handle's."""
-        if not vouched and not self._receiver.prepare_alone(handle, timeout_s):
-            return REPLACED
-        return self._receiver.commit(handle.version)
+    def commit_policy(self, version: int) -> int:
+        """Serves what `prepare_policy` has fetched, of which all shares are verified; returns its version."""
+        return self._receiver.commit(version)
+
+    def update_policy(self, handle: WeightHandle, timeout_s: float) -> int:
+        """Fetches, verifies and serves, as a worker that comes late; returns the version, or REPLACED when a newer one
+        has taken the place of the handle's."""
+        return self.commit_policy(handle.version) if self._receiver.prepare_alone(handle, timeout_s) else REPLACED
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from slipstream.kernels.block_stream import BlockStream
-from slipstream.rollout.weight_handle import WeightHandle, digest_of
+from slipstream.rollout.weight_handle import FollowedPayload, WeightHandle, digest_of
 from slipstream.trainer.weight_segment import SegmentSender
 from slipstream.trainer.weight_sync import WeightPublisher
 
@@ -35,7 +35,7 @@ def stream_of(publisher: WeightPublisher, handle: WeightHandle, key: str) -> Blo
 def damaged_version(publisher: WeightPublisher, handle: WeightHandle) -> Iterator[WeightHandle]:
     """The newest version with something wrong in its last block; afterwards it is right again."""
     publisher.settle()
-    if not handle.frames[-1].payload.verifies:
+    if not isinstance(handle.frames[-1].payload, FollowedPayload):
         yield torn(handle)
         return
     stream = stream_of(publisher, handle, handle.layout.tensors[-1].key)

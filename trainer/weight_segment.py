@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from slipstream.kernels.block_stream import BlockStream
 from slipstream.rollout.weight_handle import Layout, Payload, as_bytes
 from slipstream.rollout.weight_segment import SegmentPayload, WritableSegment
 
@@ -30,7 +29,7 @@ class SegmentSender:
     verifies = True
 
     def __init__(self, num_threads: int, node: str) -> None:
-        self._node = node
+        self._node, self._num_threads = node, num_threads
         self._threads = ThreadPoolExecutor(num_threads, "weights")
         self._places: list[WritableSegment] = []
         self._current: WritableSegment | None = None
@@ -45,10 +44,9 @@ class SegmentSender:
         if self._current is not None:
             self._current.release()
         self._current = place
-        sources = [as_bytes(tensors[spec.key]) for spec in layout.tensors]
         self._copying = [
-            self._threads.submit(self._write, place, stream, source, self._turn & 0xFFFFFFFF)
-            for stream, source in zip(place.segment.streams(), sources, strict=True)
+            self._threads.submit(self._write, place, tensors, i, self._turn & 0xFFFFFFFF)
+            for i in range(self._num_threads)
         ]
         return SegmentPayload(place.path, place.segment.identity, self._turn, self._node, layout)
 
@@ -80,11 +78,15 @@ class SegmentSender:
         self._places[-1].take(self._turn)
         return self._places[-1]
 
-    def _write(self, place: WritableSegment, stream: BlockStream, source: torch.Tensor, stamp: int) -> None:
+    def _write(self, place: WritableSegment, tensors: Mapping[str, torch.Tensor], nth: int, stamp: int) -> None:
+        """Every tensor that is thread nth's."""
+        segment = place.segment
         try:
-            stream.write(source.numpy(), stamp)
+            for i, (spec, stream) in enumerate(zip(segment.layout.tensors, segment.streams(), strict=True)):
+                if i % self._num_threads == nth:
+                    stream.write(as_bytes(tensors[spec.key]).numpy(), stamp)
         except BaseException:
-            place.segment.turn = 0
+            segment.turn = 0
             raise
 
 

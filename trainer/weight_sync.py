@@ -162,6 +162,8 @@ class WeightPublisher:
             for name, tensor in named.items()
         }
         layout = layout_of(parts, self._spec.block_bytes)
+        if self._handle is not None and self._handle.layout == layout:
+            layout = self._handle.layout
         if self._sender is None:
             self._sender = make_sender(self._spec, layout.num_bytes)
         frames = self._frames(self._sender, layout, tensors, version)

@@ -151,7 +151,7 @@ def _cut_weights_sending(scene: Scene, rng: random.Random) -> None:
 
 
 def _cut_weights_receiving(scene: Scene, rng: random.Random) -> None:
-    scene.strike_in(scene.nodes.actors("Worker"), "update_policy", signal.SIGKILL, rng)
+    scene.strike_in(scene.nodes.actors("Worker"), "commit_policy", signal.SIGKILL, rng)
 
 
 def _fill_disk(scene: Scene, rng: random.Random) -> None:

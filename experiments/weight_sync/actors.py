@@ -145,11 +145,9 @@ class BenchWorker:
         """As a rollout worker's."""
         return self._receiver.prepare(handle, share, timeout_s)
 
-    def update_policy(self, handle: WeightHandle, timeout_s: float, vouched: bool = False) -> int:
+    def commit_policy(self, version: int) -> int:
         """As a rollout worker's."""
-        if not vouched:
-            self._receiver.prepare(handle, Share(), timeout_s)
-        return self._receiver.commit(handle.version)
+        return self._receiver.commit(version)
 
     def set_adopts(self, adopts: bool) -> None:
         """Whether the model computes with the store's memory from now on, or copies it."""

@@ -131,9 +131,7 @@ class Bench:
             handle = ray.get(published, timeout=DEADLINE_S)
             actors = dict(zip(names, workers, strict=True))
             prepare_workers(actors, self._nodes, handle, DEADLINE_S, gather)
-            refs = {
-                name: worker.update_policy.remote(handle, DEADLINE_S, vouched=True) for name, worker in actors.items()
-            }
+            refs = {name: worker.commit_policy.remote(version) for name, worker in actors.items()}
             check_served(gather(refs, arm, DEADLINE_S), handle)
         seconds = time.perf_counter() - started
         for found in wait_for([worker.first_elements.remote() for worker in workers], names, arm, DEADLINE_S):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from slipstream.kernels.block_stream import ALIGN_BYTES, BlockStream, Stripes, numpy_follow, numpy_write
 from slipstream.kernels.checksum import num_blocks, numpy_block_checksums
-from slipstream.rollout.weight_handle import Share, WeightError, WeightHandle, WeightsReplaced
+from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightError, WeightHandle, WeightsReplaced
 from slipstream.rollout.weight_segment import WritableSegment
 from slipstream.trainer.weight_segment import SegmentSender, has_room
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, layout_of
@@ -42,7 +42,10 @@ def weights(seed: int, num: int = 3) -> Weights:
 
 
 def fetch(handle: WeightHandle, share: Share | None = None, timeout_s: float = DEADLINE_S) -> Weights:
-    arrays = handle.frames[0].payload.receive(timeout_s, share or Share(), handle.verify)
+    payload = handle.frames[0].payload
+    assert isinstance(payload, FollowedPayload)
+    arrays = payload.receive(timeout_s)
+    payload.follow(share or Share(), handle.verify, timeout_s)
     return {spec.name: spec.view(arrays[spec.key]) for spec in handle.layout.tensors}
 
 

@@ -192,14 +192,14 @@ def test_packed_layers_see_weights_that_come_back_to_an_old_address(kernels: str
 class Damaged:
     """A payload whose bytes were changed on their way."""
 
-    same_pages, adoptable, verifies = True, True, False
+    same_pages, adoptable = True, True
 
     def __init__(self, payload: Payload, key: str, at: int | None) -> None:
         """at: of the byte that is flipped; None cuts the last byte off."""
         self._payload, self._key, self._at = payload, key, at
 
-    def receive(self, timeout_s: float, share: Share, verify: bool) -> Arrays:
-        arrays = {key: data.clone() for key, data in self._payload.receive(timeout_s, share, verify).items()}
+    def receive(self, timeout_s: float) -> Arrays:
+        arrays = {key: data.clone() for key, data in self._payload.receive(timeout_s).items()}
         if self._at is None:
             arrays[self._key] = arrays[self._key][:-1]
         else:
