@@ -70,7 +70,9 @@ def timeline_figure(lines: Sequence[Line], x_label: str = "seconds", title: str 
         axes.spines[["top", "right"]].set_visible(False)
     for source in used:
         rows.plot([], [], color=COLOURS[source], linewidth=3, label=source_label(source))
-    live.legend(*rows.get_legend_handles_labels(), loc="upper right", frameon=False, fontsize=8, ncols=2)
+    # Above the axes, beside the title: inside, it would hide a batch whose requests stay live to the end.
+    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+    live.legend(*rows.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, **place)
     if title:
         live.set_title(title, fontsize=10, loc="left")
     return figure
