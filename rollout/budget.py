@@ -32,8 +32,8 @@ and the policy moves. Chosen on replays of the quickstart's task."""
 
 MARGIN = 1.2
 """Factor of the least probability: an estimate is that of the best of several drafts, hence too high on the whole, and
-a price that is too high loses less than one that is too low. Chosen among 1 to 1.5 on the quickstart's task, seeds that
-no bench uses: with 64 live requests 0 to 7 % less time, with 16 no difference."""
+a price that is too high loses less than one that is too low. Our own choice among 1 to 1.5, on the quickstart's task
+and seeds that no bench uses."""
 
 
 class BudgetPolicy(Protocol):

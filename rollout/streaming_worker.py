@@ -91,7 +91,8 @@ class StreamingWorker(RolloutWorker):
         return self._stepper.update_policy(lambda: self._receiver.commit(version), version, in_flight, timeout_s)
 
     def update_policy(self, handle: WeightHandle, timeout_s: float) -> int:
-        """See the plain worker's."""
+        """Fetches, verifies and serves, as a worker that comes late; returns the version, or REPLACED when a newer one
+        has taken the place of the handle's."""
         prepared = self._receiver.prepare_alone(handle, timeout_s)
         return self.commit_policy(handle.version, "continue", timeout_s) if prepared else REPLACED
 

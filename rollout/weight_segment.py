@@ -120,11 +120,9 @@ class SegmentPayload:
 
     def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
         """Reads a share of the blocks behind the writer."""
-        until = time.monotonic() + timeout_s
+        until, segment = time.monotonic() + timeout_s, self._segment(timeout_s)
         try:
-            self._segment(timeout_s).follow(self.turn, share, verify, until, self.path)
-        except WeightsReplaced:
-            raise
+            segment.follow(self.turn, share, verify, until, self.path)
         except WeightError as error:
             raise WeightError(f"weights in shared memory: {error}") from error
 

@@ -29,7 +29,7 @@ from slipstream.rollout.pricing import Pricing
 from slipstream.rollout.stacks import thread_stacks
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.weight_handle import Share, WeightHandle
-from slipstream.rollout.weight_receiver import REPLACED, Receipt, WeightReceiver
+from slipstream.rollout.weight_receiver import Receipt, WeightReceiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +143,6 @@ class RolloutWorker:
     def prepare_policy(self, handle: WeightHandle, share: Share, timeout_s: float) -> Receipt:
         """Fetches weights and verifies a share of them, beside whatever the engine does; serves what it served."""
         return self._receiver.prepare(handle, share, timeout_s)
-
-    def commit_policy(self, version: int) -> int:
-        """Serves what `prepare_policy` has fetched, of which all shares are verified; returns its version."""
-        return self._receiver.commit(version)
-
-    def update_policy(self, handle: WeightHandle, timeout_s: float) -> int:
-        """Fetches, verifies and serves, as a worker that comes late; returns the version, or REPLACED when a newer one
-        has taken the place of the handle's."""
-        return self.commit_policy(handle.version) if self._receiver.prepare_alone(handle, timeout_s) else REPLACED
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

@@ -36,6 +36,7 @@ class Pool(Protocol):
 def main(arguments: Sequence[str]) -> int:
     """The command `slipstream workers`."""
     from slipstream.trainer.main import OneLineParser
+    from slipstream.trainer.run_folder import SETTINGS_FILE, is_run
 
     parser: argparse.ArgumentParser = OneLineParser(
         prog="slipstream workers",
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="the job's run folder")
     parser.add_argument("num", type=int, nargs="?", help="workers wanted (default: print what was asked for last)")
     args = parser.parse_args(arguments)
-    if not (args.run / "settings.json").is_file():
-        raise ConfigError(f"{args.run}: no run folder; allowed: a folder with settings.json, such as runs/NAME")
+    if not is_run(args.run):
+        raise ConfigError(f"{args.run}: no run folder; allowed: a folder with {SETTINGS_FILE}, such as runs/NAME")
     if args.num is None:
         wanted = read_wanted(args.run)
         print("as the job was started" if wanted is None else wanted)

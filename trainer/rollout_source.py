@@ -9,6 +9,7 @@ Invariants
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,6 +86,16 @@ class RolloutSource(Protocol):
         """(first group never started, groups started and not done with) for the checkpoint."""
 
 
+def check_on_policy(rollouts: Sequence[Rollout], version: int) -> None:
+    """PoolError naming a rollout with tokens of another version: their log-probabilities would pass for this one's."""
+    stale = [rollout for rollout in rollouts if (rollout.policy_versions != version).any()]
+    if stale:
+        raise PoolError(
+            f"{len(stale)} rollouts hold tokens of another version than {version}, the first one "
+            f"(uid {stale[0].request.uid}) of {sorted(set(stale[0].policy_versions.tolist()))}"
+        )
+
+
 class SyncSource:
     """Step by step: all groups of a step start together and end before it is trained on."""
 
@@ -103,7 +114,7 @@ class SyncSource:
         result = self._pool.generate(requests, context.state.predicted_lengths, self._cluster.rollout_timeout_s)
         generated = time.perf_counter()
         context.watchdog.progress(f"{len(result.rollouts)} rollouts of step {step}")
-        self._check_on_policy(result.rollouts)
+        check_on_policy(result.rollouts, self._version)
         scores = [
             score_rollout(prompts[rollout.request.group], rollout, context.scorer, context.tokenizer)
             for rollout in result.rollouts
@@ -117,14 +128,6 @@ class SyncSource:
         }
         epoch = context.order.epoch(step)
         return Collected(scored, result.stats, result.observed, generated - started, epoch, metrics)
-
-    def _check_on_policy(self, rollouts: list[Rollout]) -> None:
-        stale = [rollout for rollout in rollouts if (rollout.policy_versions != self._version).any()]
-        if stale:
-            raise PoolError(
-                f"{len(stale)} rollouts hold tokens of another version than {self._version}, the first one "
-                f"(uid {stale[0].request.uid}) of {sorted(set(stale[0].policy_versions.tolist()))}"
-            )
 
     def replay(self, rollouts: list[Rollout]) -> list[Rollout]:
         """The same requests once more with drafting off, under the same weights."""

@@ -82,7 +82,7 @@ def resolve_job(
 def open_run_dir(job: Job) -> None:
     """Makes the folder (run.exist=replace empties it first) and writes settings.json into it."""
     if not job.resume and job.settings.run.exist == "replace" and job.run_dir.exists():
-        if not _is_run(job.run_dir) and any(job.run_dir.iterdir()):
+        if not is_run(job.run_dir) and any(job.run_dir.iterdir()):
             raise ConfigError(f"run.exist=replace: {job.run_dir} is not a run folder; allowed: another run.name")
         shutil.rmtree(job.run_dir)
     try:
@@ -176,12 +176,13 @@ def _free_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run."""
     return (folder / SETTINGS_FILE).is_file()
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    if _is_run(folder):
+    if is_run(folder):
         return _read_settings(folder)
     names = [path.parent.name for path in folder.parent.glob(f"*/{SETTINGS_FILE}")]
     close = f"; nearest: {folder.parent / nearest(folder.name, names)}" if names else ""

@@ -40,10 +40,10 @@ class SegmentSender:
         """Begins to copy CPU tensors."""
         self.settle()
         self._turn += 1
-        place = self._take_place(layout)
         if self._current is not None:
+            # Before it may be closed: a number that the system gives out again would be another place's lock.
             self._current.release()
-        self._current = place
+        place = self._current = self._take_place(layout)
         self._copying = [
             self._threads.submit(self._write, place, tensors, i, self._turn & 0xFFFFFFFF)
             for i in range(self._num_threads)

@@ -245,8 +245,8 @@ class StepWorker {
   }
 
   // The live tiers' part of `extend`.
-  void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
-                          size_t end, const int32_t* values, const int64_t* offsets) {
+  void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin, size_t end,
+                   const int32_t* values, const int64_t* offsets) {
     for (size_t i = begin; i < end; ++i) prefetch(&requests[order[i]]->live->state(requests[order[i]]->cursor));
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];

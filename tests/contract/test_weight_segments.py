@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from slipstream.kernels.block_stream import ALIGN_BYTES, BlockStream, Stripes, numpy_follow, numpy_write
 from slipstream.kernels.checksum import num_blocks, numpy_block_checksums
 from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightError, WeightHandle, WeightsReplaced
-from slipstream.rollout.weight_segment import WritableSegment
+from slipstream.rollout.weight_segment import SegmentPayload, WritableSegment
 from slipstream.trainer.weight_segment import SegmentSender, has_room
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, layout_of
 from tests.weight_damage import damaged_version, stream_of
@@ -150,9 +151,32 @@ def test_a_version_whose_place_was_taken_says_so(sender: WeightPublisher) -> Non
         fetch(handle)
 
 
+def is_kept(handle: WeightHandle) -> bool:
+    """Whether somebody's lock keeps the version from being written over."""
+    payload = handle.frames[0].payload
+    assert isinstance(payload, SegmentPayload)
+    other = os.open(payload.path, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(other)
+    return False
+
+
+def test_the_newest_version_is_kept_for_whoever_comes(sender: WeightPublisher) -> None:
+    first = sender.publish({"policy": weights(1)}, 1)
+    assert is_kept(first)
+    second = sender.publish({"policy": weights(2)}, 2)
+    assert is_kept(second)
+    assert not is_kept(first)
+
+
 def test_another_layout_has_places_of_its_own(sender: WeightPublisher) -> None:
     old = sender.publish({"policy": weights(1)}, 1)
     handle = sender.publish({"policy": weights(2, num=5)}, 2)
+    assert is_kept(handle), "the old place's lock went, not the new one's"
     assert same(fetch(handle), weights(2, num=5))
     assert num_places(sender) == 1
     with pytest.raises(WeightError):

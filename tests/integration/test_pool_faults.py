@@ -346,6 +346,29 @@ def test_whoever_comes_in_the_middle_of_an_update_gets_it(
 
 
 @pytest.mark.slow
+def test_whoever_is_told_a_version_that_is_gone_gets_the_newest(
+    cluster: None, requests: list[Request], weights: Any
+) -> None:
+    """A worker that starts is stopped while it is told version 1, whose place version 3 takes meanwhile."""
+    publisher = WeightPublisher(WeightSpec("shared_memory"))
+    with pool_of(RolloutPool) as pool:
+        pool.update_policy(publisher.publish({"policy": weights}, 1), DEADLINE_S)
+        newcomer = pool._crew.roster.named(pool.add_worker())
+        pid = ray.get(newcomer.handle.ready.remote(), timeout=DEADLINE_S)["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        while not newcomer.facts:
+            pool._crew.tick()
+        for version in (2, 3):
+            pool.update_policy(publisher.publish({"policy": weights}, version), DEADLINE_S)
+        os.kill(pid, signal.SIGCONT)
+        wait_until_all_serve(pool)
+        rollouts = pool.generate(requests, {}, DEADLINE_S).rollouts
+        assert {int(v) for rollout in rollouts for v in rollout.policy_versions} == {3}
+        assert pool.metrics()["pool/deaths"] == 0
+    publisher.close()
+
+
+@pytest.mark.slow
 def test_a_builder_that_dies_has_a_successor(cluster: None, requests: list[Request]) -> None:
     with pool_of(RolloutPool, num_workers=3) as pool:
         assert pool.share_indexes(DEADLINE_S) == 2

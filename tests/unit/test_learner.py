@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 
 from slipstream.conf.learning import AlgoConfig, CorrectionConfig
 from slipstream.rollout.model_loader import load_policy
+from slipstream.rollout.weight_handle import FollowedPayload, Share
 from slipstream.trainer.batch import TrainSample
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner, learning_rate
-from slipstream.trainer.weight_sync import named_weights
+from slipstream.trainer.weight_segment import SegmentSender
+from slipstream.trainer.weight_sync import WeightSpec, named_weights
 from tests.tiny_models import tiny_model
 
 
@@ -58,6 +62,25 @@ def test_micro_batches_do_not_change_the_update(folder: str) -> None:
         assert value == pytest.approx(results[1][0][name], rel=1e-3, abs=1e-5), name
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(tensor, results[1][1][name], atol=2e-4, rtol=0)
+
+
+def test_an_update_waits_until_the_version_before_is_written(folder: str) -> None:
+    spec = make_learner(folder)._spec
+    learner = PolicyLearner(replace(spec, weights=WeightSpec("shared_memory")))
+    before, sender = weights_of(learner), learner._publisher._sender
+    assert isinstance(sender, SegmentSender)
+    # The thread that copies is held up, as on a machine with too much to do.
+    sender._threads.submit(time.sleep, 0.5)
+    handle = learner.weights(1)
+    learner.update(make_samples(1), step=1)
+    payload = handle.frames[0].payload
+    assert isinstance(payload, FollowedPayload)
+    arrays = payload.receive(10.0)
+    payload.follow(Share(), True, 10.0)
+    assert not torch.equal(weights_of(learner)["model.norm.weight"], before["model.norm.weight"])
+    for spec_of in handle.layout.tensors:
+        assert torch.equal(spec_of.view(arrays[spec_of.key]), before[spec_of.name]), spec_of.name
+    learner._publisher.close()
 
 
 def test_an_update_moves_towards_the_advantage(folder: str) -> None:
