@@ -110,13 +110,15 @@ def _layout_from(text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The nth of `of` equal parts of the blocks: the workers of a node look at one each."""
+    """The nth of `of` equal parts of the blocks, none if `of` is 0: a node's workers look at them for each other."""
 
     nth: int = 0
     of: int = 1
 
     def limits(self, count: int) -> tuple[int, int]:
         """First and last + 1 of `count` blocks."""
+        if not self.of:
+            return 0, 0
         return count * self.nth // self.of, count * (self.nth + 1) // self.of
 
 
@@ -142,7 +144,11 @@ class Payload(Protocol):
 @runtime_checkable
 class FollowedPayload(Payload, Protocol):
     """One whose bytes are still being written when they are received, whole versions only; the frame holds no
-    checksums. It verifies by itself."""
+    checksums. It verifies by itself. num_writers: threads that write them, so many readers keep up with them."""
+
+    @property
+    def num_writers(self) -> int:
+        """See above."""
 
     def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
         """Returns when a share of the blocks is there and, if `verify`, matches its checksums; else WeightError."""

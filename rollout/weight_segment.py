@@ -80,6 +80,8 @@ class Segment:
     def follow(self, turn: int, share: Share, verify: bool, until: float, path: str) -> None:
         """Reads a share of the blocks behind the writer. until: of time.monotonic(); path: where the writer has it.
         WeightError names the block that does not match its checksum, or says why the others did not come."""
+        if not share.of:
+            return
         offsets, stripe = self.layout.offsets, max(1, STRIPE_BYTES // self.layout.block_bytes)
         for i, stream in enumerate(self.streams()):
             stripes = Stripes(int(offsets[i]), stripe, share.nth, share.of)
@@ -103,13 +105,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentPayload:
-    """path: of the segment in the writer's /proc; identity, turn: in its head; node: where it lies."""
+    """path: of the segment in the writer's /proc; identity, turn: in its head; node: where it lies;
+    num_writers: threads that write it."""
 
     path: str
     identity: int
     turn: int
     node: str
     layout: Layout
+    num_writers: int
     same_pages: ClassVar[bool] = True
     adoptable: ClassVar[bool] = True
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.rollout.actors import PoolError
-from slipstream.rollout.weight_handle import Share, WeightHandle
+from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightHandle
 from slipstream.rollout.weight_receiver import Receipt
 
 
@@ -44,14 +44,23 @@ class WeightUpdate:
         }
 
 
-def deal_shares(nodes: Sequence[str]) -> list[Share]:
-    """Of the workers on one node, each an equal share of the blocks. nodes: of every worker."""
+def deal_shares(nodes: Sequence[str], most: int | None = None) -> list[Share]:
+    """Of the workers on one node, the first `most` (all by default) an equal share of the blocks. nodes: of every
+    worker."""
     total, seen = Counter(nodes), Counter[str]()
     out = []
     for node in nodes:
-        out.append(Share(seen[node], total[node]))
+        of = min(total[node], most or total[node])
+        out.append(Share(seen[node], of) if seen[node] < of else Share(0, 0))
         seen[node] += 1
     return out
+
+
+def num_readers(handle: WeightHandle) -> int | None:
+    """Of a node's workers, how many look at blocks; None: all. Who reads behind a writer takes the core and the memory
+    that the copy needs; reading is the quicker of the two, so one reader for each writer keeps up with it."""
+    followed = [frame.payload for frame in handle.frames if isinstance(frame.payload, FollowedPayload)]
+    return min((payload.num_writers for payload in followed), default=None)
 
 
 def unverified(receipts: Sequence[Receipt]) -> list[int]:
@@ -63,9 +72,9 @@ def unverified(receipts: Sequence[Receipt]) -> list[int]:
     out = []
     for members in groups.values():
         shares = {receipts[i].verified for i in members}
-        of = receipts[members[0]].verified.of
-        whole = {Share(nth, of) for nth in range(of)} <= shares
-        out += [i for i in members if not whole and receipts[i].verified.of > 1]
+        of = max(share.of for share in shares)
+        whole = of > 0 and {Share(nth, of) for nth in range(of)} <= shares
+        out += [i for i in members if not whole and receipts[i].verified.of != 1]
     return sorted(out)
 
 
@@ -81,7 +90,7 @@ def prepare_workers(
     actors: by worker; nodes: of each, in the same order.
     """
     what = f"weights of version {handle.version}"
-    shares = zip(actors.items(), deal_shares(nodes), strict=True)
+    shares = zip(actors.items(), deal_shares(nodes, num_readers(handle)), strict=True)
     refs = {worker: actor.prepare_policy.remote(handle, share, timeout_s) for (worker, actor), share in shares}
     receipts = gather(refs, what, timeout_s)
     # One that came late to its node fetched other frames than its neighbours, and one whose neighbour died has nobody

@@ -48,7 +48,7 @@ class SegmentSender:
             self._threads.submit(self._write, place, tensors, i, self._turn & 0xFFFFFFFF)
             for i in range(self._num_threads)
         ]
-        return SegmentPayload(place.path, place.segment.identity, self._turn, self._node, layout)
+        return SegmentPayload(place.path, place.segment.identity, self._turn, self._node, layout, self._num_threads)
 
     def settle(self) -> None:
         """Waits until the last version is written."""

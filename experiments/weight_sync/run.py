@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--mib", type=int, default=1024, help="weights, in MiB of float32 (default 1024)")
     parser.add_argument("--workers", type=int, default=4, help="workers on the node (default 4)")
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default 7)")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
     parser.add_argument("--warm", type=int, default=4, help="rounds before (default 4)")
     parser.add_argument("--threads", type=int, default=2, help="checksum threads of the learner (default 2)")
     parser.add_argument(

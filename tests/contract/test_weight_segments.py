@@ -21,6 +21,7 @@ from slipstream.kernels.block_stream import ALIGN_BYTES, BlockStream, Stripes, n
 from slipstream.kernels.checksum import num_blocks, numpy_block_checksums
 from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightError, WeightHandle, WeightsReplaced
 from slipstream.rollout.weight_segment import SegmentPayload, WritableSegment
+from slipstream.rollout.weight_update import num_readers
 from slipstream.trainer.weight_segment import SegmentSender, has_room
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, layout_of
 from tests.weight_damage import damaged_version, stream_of
@@ -203,6 +204,16 @@ def test_every_share_sees_its_stripes_and_all_shares_see_everything() -> None:
         assert key in failed[0]
     assert same(fetch(handle), big)
     sender.close()
+
+
+def test_as_many_workers_read_as_threads_write() -> None:
+    for num_threads, readers in ((1, 1), (2, 1), (4, 2)):
+        sender = WeightPublisher(WeightSpec("shared_memory", num_threads=num_threads))
+        handle = sender.publish({"policy": weights(1)}, 1)
+        assert num_readers(handle) == readers
+        with damaged_version(sender, handle):
+            assert fetch(handle, Share(0, 0)).keys() == weights(1).keys(), "no share, nothing to find"
+        sender.close()
 
 
 def test_damage_is_found_and_named(sender: WeightPublisher) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -26,9 +28,10 @@ def handle(num_frames: int = 1) -> WeightHandle:
     return WeightHandle(layout, tuple(frames))
 
 
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
-def test_shares_cover_every_node_once(nodes: list[str]) -> None:
-    shares = deal_shares(nodes)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), st.none() | st.integers(1, 4))
+def test_shares_cover_every_node_once(nodes: list[str], most: int | None) -> None:
+    shares = deal_shares(nodes, most)
+    assert max(Counter(node for node, share in zip(nodes, shares, strict=True) if share.of).values()) <= (most or 9)
     for node in set(nodes):
         mine = [share for share, other in zip(shares, nodes, strict=True) if other == node]
         blocks = [i for share in mine for i in range(*share.limits(101))]
@@ -43,6 +46,9 @@ def test_nobody_vouches_for_what_nobody_looked_at() -> None:
     assert unverified([receipt("a", half[0], 1), receipt("a", half[1], 3)]) == [0, 1], "other frames were fetched"
     assert unverified([receipt("a", Share()), receipt("a", half[1], 3)]) == [1]
     assert unverified([receipt("a", Share()), receipt("a", Share())]) == []
+    assert unverified([receipt("a", Share()), receipt("a", Share(0, 0))]) == []
+    assert unverified([receipt("a", Share()), receipt("b", Share(0, 0))]) == [1], "the reader was on another node"
+    assert unverified([receipt("a", half[0]), receipt("a", Share(0, 0))]) == [0, 1], "the other reader has died"
 
 
 def test_metrics_count_a_nodes_fetch_once() -> None:
