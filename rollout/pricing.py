@@ -19,7 +19,7 @@ from slipstream.rollout.packing import StepPlan
 from slipstream.rollout.price_rows import round_rates, still_there
 from slipstream.rollout.slots import SlotTable
 
-PRICE_EVERY = 4
+PRICE_EVERY = 8
 """Steps that a batch which nobody joins keeps its price for: responses grow by a few tokens meanwhile."""
 LEAST_LEFT = 0.75
 """Share of the requests priced that must still be live: fewer are worth another price."""
