@@ -23,7 +23,7 @@ from slipstream.drafter.base import DraftBatch, HistoryRecord, LiveBatch, Price,
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.shared_folder import SharedFolder
 from slipstream.kernels.dispatch import KernelError
-from slipstream.kernels.native_set import NATIVE_ERROR, _native
+from slipstream.kernels.native import NATIVE_ERROR, _native
 
 SHARED_REBUILD_SHARE = 0.25
 """The shared text is rebuilt when this share of it would be new: a constant cost per token, however long the run."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slipstream.kernels.checksum import num_blocks, numpy_block_checksums
-from slipstream.kernels.native_set import NATIVE_ERROR, _native
+from slipstream.kernels.native import NATIVE_ERROR, _native
 
 ALIGN_BYTES = 64
 """Divides block_bytes and the addresses that are copied to."""

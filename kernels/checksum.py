@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from slipstream.kernels.native_set import NATIVE_ERROR, _native
+from slipstream.kernels.native import NATIVE_ERROR, _native
 
 CHUNK_WORDS = 128
 CHUNK_BYTES = 8 * CHUNK_WORDS

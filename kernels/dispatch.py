@@ -14,7 +14,8 @@ from torch import nn
 
 from slipstream.kernels import reference
 from slipstream.kernels.cache_layout import BlockedCache, LayerCache, StepPlaces
-from slipstream.kernels.native_set import NATIVE_DTYPES, NATIVE_ERROR, NativeKernels
+from slipstream.kernels.native import NATIVE_ERROR
+from slipstream.kernels.native_set import NATIVE_DTYPES, NativeKernels
 from slipstream.kernels.reference import SamplingRows, Verified
 
 KernelChoice = Literal["auto", "native", "triton", "reference"]

@@ -13,20 +13,12 @@ import torch
 from torch import nn
 
 from slipstream.kernels.cache_layout import BlockedCache, LayerCache
+from slipstream.kernels.native import _native
 from slipstream.kernels.native_layers import adopt_layers
 from slipstream.kernels.packed_linear import as_numpy, pack_linears
 from slipstream.kernels.reference import SamplingRows, Verified
 
-try:
-    from slipstream.kernels import _native  # type: ignore[attr-defined]
-
-    NATIVE_ERROR = ""
-    PACKED = {torch.float32: _native.PackedLinear, torch.bfloat16: _native.PackedLinearBf16}
-except ImportError as error:
-    _native = None
-    NATIVE_ERROR = str(error)
-    PACKED = {}
-
+PACKED = {} if _native is None else {torch.float32: _native.PackedLinear, torch.bfloat16: _native.PackedLinearBf16}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from slipstream.drafter.base import DraftBatch, Ragged
 from slipstream.drafter.calibration import CELL_SHAPE, NUM_CELLS, NUM_WEIGHT_BUCKETS, SOURCE_CLASSES
+from slipstream.rollout.price_rows import invert_curve
 
 NUM_CURVE_BUCKETS = 10
 CURVE_PRIOR_TOKENS = 64.0
@@ -126,19 +127,13 @@ class AcceptanceModel:
         return ((accepted + k * leaning) / (seen + k)).ravel().astype(np.float32)
 
     def estimates_for(self, probabilities: np.ndarray) -> np.ndarray:
-        """[n] the estimates at which draft tokens are really accepted, path and all, with these probabilities ([n]).
+        """[n] float32, the estimates at which draft tokens are really accepted, path and all, with these probabilities.
 
         Inverts the reliability curve: linear between its points, each pulled to the diagonal with the weight of
         CURVE_PRIOR_TOKENS, made non-decreasing. Products of many calibrated factors are not calibrated: what a path of
         doubtful tokens has in common makes its estimate too high.
         """
-        count, estimate, accepted = self.curve
-        middle = (np.arange(NUM_CURVE_BUCKETS) + 0.5) / NUM_CURVE_BUCKETS
-        at = (estimate + CURVE_PRIOR_TOKENS * middle) / (count + CURVE_PRIOR_TOKENS)
-        share = np.maximum.accumulate((accepted + CURVE_PRIOR_TOKENS * middle) / (count + CURVE_PRIOR_TOKENS))
-        # Strictly rising, so that the inverse is defined.
-        share = np.clip(share, 0.0, 1.0) + 1e-9 * np.arange(NUM_CURVE_BUCKETS)
-        return np.interp(probabilities, [0.0, *share, 1.0 + 1e-6], [0.0, *at, 1.0])
+        return invert_curve(self.curve, probabilities, CURVE_PRIOR_TOKENS)
 
     def add(self, other: AcceptanceModel) -> None:
         """Adds what another model observed."""

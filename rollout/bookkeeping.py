@@ -7,19 +7,50 @@ beside its tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from slipstream.drafter.base import DraftBatch, Price, Ragged
+from slipstream.drafter.base import SOURCE_NAMES, DraftBatch, LiveBatch, Price, Ragged
 from slipstream.kernels.dispatch import KernelSet
-from slipstream.kernels.native_set import _native
-from slipstream.kernels.reference import Verified
+from slipstream.kernels.native import _native
+from slipstream.kernels.reference import SamplingRows, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer
 from slipstream.rollout.packing import ROW_MULTIPLE, StepPlan, cut_invalid_drafts, plan_step, plan_trees
 from slipstream.rollout.slots import SlotTable
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a pass brought. new: tokens of every sampling slot; rounds, draft_rounds: slots that gained a token, and
+    those that had a draft; drafted, accepted: draft tokens verified and kept, by source code."""
+
+    new: Ragged
+    rounds: int
+    draft_rounds: int
+    drafted: list[int]
+    accepted: list[int]
+
+
 class Books:
     """The plain twin, in numpy."""
+
+    def live_batch(self, table: SlotTable, slots: np.ndarray) -> LiveBatch:
+        """What drafters and budgets see of these slots."""
+        return table.live_batch(slots)
+
+    def sampling_rows(self, table: SlotTable, slots: np.ndarray) -> SamplingRows:
+        """Sampling parameters of these slots."""
+        return table.sampling_rows(slots)
+
+    def draft_limits(self, table: SlotTable, wanted: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+        """[B] int32, the most draft tokens of each live slot, and whether any may have one. wanted: [B] of the price;
+        most: of anybody. None where more than one token is pending or the next one is the last."""
+        slots = table.order
+        length = table.length[slots]
+        left = np.where(length - table.cached[slots] == 1, table.end[slots] - length - 1, 0)
+        limit = np.clip(np.minimum(wanted, left), 0, most).astype(np.int32)
+        return limit, bool(limit.any())
 
     def plan(
         self, table: SlotTable, drafts: DraftBatch, price: Price | None, max_forward_tokens: int, vocab_size: int
@@ -28,8 +59,8 @@ class Books:
         invalid = 0 if price is None else cut_invalid_drafts(drafts, len(table.order), vocab_size)
         return plan_step(table, drafts, price, max_forward_tokens), invalid
 
-    def commit(self, table: SlotTable, plan: StepPlan, verified: Verified, version: int) -> Ragged:
-        """Writes the new tokens of plan.sampling_slots and returns them, row by row."""
+    def commit(self, table: SlotTable, plan: StepPlan, verified: Verified, version: int) -> Committed:
+        """Writes the new tokens of plan.sampling_slots."""
         slots, count = plan.sampling_slots, verified.count
         row_of, nth = spread(count)
         source = plan.row_offsets[row_of] + nth
@@ -42,10 +73,17 @@ class Books:
         table.length[slots], table.cached[slots] = length, length - 1
         table.rounds[slots] += count > 0
         table.drafted[slots] += plan.draft_counts
-        table.accepted[slots, plan.draft_sources] += np.maximum(count - 1, 0)
+        kept = np.maximum(count - 1, 0)
+        table.accepted[slots, plan.draft_sources] += kept
         offsets = np.zeros(len(count) + 1, np.int64)
         np.cumsum(count, out=offsets[1:])
-        return Ragged(verified.tokens[source], offsets)
+        return Committed(
+            Ragged(verified.tokens[source], offsets),
+            int(np.count_nonzero(count)),
+            int(np.count_nonzero(plan.draft_counts)),
+            np.bincount(plan.draft_sources, plan.draft_counts, len(SOURCE_NAMES)).astype(np.int64).tolist(),
+            np.bincount(plan.draft_sources, kept, len(SOURCE_NAMES)).astype(np.int64).tolist(),
+        )
 
     def observe(self, buffer: AcceptanceBuffer, drafts: DraftBatch, plan: StepPlan, verified: Verified) -> None:
         """Notes what was accepted of the drafts of this step."""
@@ -57,11 +95,48 @@ class Books:
 class NativeBooks(Books):
     """The same by kernels/csrc/step_rows.h, one call each; what is about trees alone stays in numpy."""
 
+    def live_batch(self, table: SlotTable, slots: np.ndarray) -> LiveBatch:
+        """See Books.live_batch."""
+        return LiveBatch(*_native.live_rows(slots, table.uid, table.prompt_len, table.length, table.end))
+
+    def sampling_rows(self, table: SlotTable, slots: np.ndarray) -> SamplingRows:
+        """See Books.sampling_rows."""
+        rows = _native.sampling_rows(
+            slots,
+            table.prompt_len,
+            table.length,
+            table.end,
+            table.seed,
+            table.uid,
+            table.temperature,
+            table.top_p,
+            table.top_k,
+            table.num_stops,
+            table.stop_ids,
+        )
+        seed, uid, position, temperature, top_p, top_k, remaining, stop_ids, stop_offsets = rows
+        return SamplingRows(
+            seed=seed,
+            uid=uid,
+            position=position,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            remaining=remaining,
+            stop_ids=stop_ids,
+            stop_offsets=stop_offsets,
+        )
+
+    def draft_limits(self, table: SlotTable, wanted: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
+        """See Books.draft_limits."""
+        limit, any_row = _native.draft_limits(table.order, table.length, table.cached, table.end, wanted, most)
+        return limit, any_row
+
     def plan(
         self, table: SlotTable, drafts: DraftBatch, price: Price | None, max_forward_tokens: int, vocab_size: int
     ) -> tuple[StepPlan, int]:
         """See Books.plan; the drafts stay as they are."""
-        *rows, num_prefill_tokens, num_drafted, invalid = _native.plan_rows(
+        *rows, num_cached, num_prefill_tokens, num_drafted, invalid = _native.plan_rows(
             table.order,
             table.tokens,
             table.length,
@@ -98,13 +173,14 @@ class NativeBooks(Books):
             draft_sources,
             num_prefill_tokens,
             num_drafted,
+            num_cached,
             tree,
         )
         return plan, invalid
 
-    def commit(self, table: SlotTable, plan: StepPlan, verified: Verified, version: int) -> Ragged:
+    def commit(self, table: SlotTable, plan: StepPlan, verified: Verified, version: int) -> Committed:
         """See Books.commit."""
-        values, offsets = _native.commit_rows(
+        values, offsets, *totals = _native.commit_rows(
             plan.sampling_slots,
             plan.row_offsets,
             plan.draft_counts,
@@ -122,7 +198,7 @@ class NativeBooks(Books):
             table.accepted,
             version,
         )
-        return Ragged(values, offsets)
+        return Committed(Ragged(values, offsets), *totals)
 
     def observe(self, buffer: AcceptanceBuffer, drafts: DraftBatch, plan: StepPlan, verified: Verified) -> None:
         """See Books.observe; chains are taken in at once."""

@@ -15,9 +15,11 @@ from typing import Protocol
 import numpy as np
 
 from slipstream.drafter.base import LiveBatch, Price
+from slipstream.kernels.native import _native
 from slipstream.rollout.cost_model import CostModel, StepCost
 from slipstream.rollout.finish_last import finish_last
 from slipstream.rollout.lengths import LiveLengths
+from slipstream.rollout.price_rows import still_there
 
 MOST_LEAST_PROBABILITY_OF_A_TREE = 0.4
 """Above it a second child, whose chance is below one half at best, is hardly ever worth its verification."""
@@ -128,6 +130,17 @@ def least_probability(
     return np.where(spent > 0.0, np.where(least <= 1.0, np.maximum(least, 0.0), 1.0), 0.0)
 
 
+def priced(step: StepCost, chances: np.ndarray, lengths: LiveLengths | None, num_live: int) -> np.ndarray:
+    """[B] float32, the least probability with hedge and margin of a live batch. Twin of kernels/csrc/price_rows.h, for
+    batches of several workers too. chances: [B] P(finishes last); num_live: of the batch."""
+    live: np.ndarray | int = num_live if lengths is None else lengths.num_live()
+    queued = 0.0 if lengths is None else lengths.num_queued
+    speed, width = (1.0, 0.0) if lengths is None else (lengths.speed, lengths.width)
+    mixed = (1.0 - HEDGE) * chances + HEDGE / np.maximum(live, 1)
+    least = least_probability(step, mixed, live, queued, speed, width)
+    return np.minimum(MARGIN * least, 1.0).astype(np.float32)
+
+
 class PriceBudget:
     """Draft token j of request i iff q_ij (lambda_i + c_tok (1 + g_i)) >= c_tok (1 + a_i).
 
@@ -171,18 +184,28 @@ class PriceBudget:
         """max_draft_tokens for every row, and the row's least probability."""
         step = cost.cost if cost is not None else StepCost(32.0, 0.0, 0.0, 1.0)
         queued = 0.0 if lengths is None else lengths.num_queued
-        num_live = len(live) if lengths is None else lengths.num_live()
-        chances = (1.0 - HEDGE) * self._chances(live, lengths) + HEDGE / np.maximum(num_live, 1)
-        speed, width = (1.0, 0.0) if lengths is None else (lengths.speed, lengths.width)
-        threshold = np.minimum(MARGIN * least_probability(step, chances, num_live, queued, speed, width), 1.0)
-        depth = np.full(len(live), self.max_draft_tokens, np.float64)
+        chances = self._chances(live, lengths)
+        if _native is not None and lengths is not None and lengths.owner is None:
+            threshold: np.ndarray = _native.least_probabilities(
+                chances, lengths.speed, lengths.width, step.base, step.tok, queued, HEDGE, MARGIN
+            )
+        else:
+            threshold = priced(step, chances, lengths, len(live))
+        return Price(self._depths(threshold), threshold, self._branches(threshold))
+
+    def _depths(self, threshold: np.ndarray) -> np.ndarray:
+        if self.estimates and not self.widths:
+            return np.full(len(threshold), self.max_draft_tokens, np.int32)
+        depth = np.full(len(threshold), self.max_draft_tokens, np.float64)
         if not self.estimates:
             depth = np.minimum(depth, np.floor(np.log(np.maximum(threshold, 1e-12)) / np.log(self.chain.rate)))
-        return Price(_runnable(depth, self.widths), threshold.astype(np.float32), self._branches(threshold))
+        return _runnable(depth, self.widths)
 
     def _branches(self, threshold: np.ndarray) -> np.ndarray | None:
+        if self.branching < 2:
+            return None
         trees = threshold <= MOST_LEAST_PROBABILITY_OF_A_TREE
-        if self.branching < 2 or not trees.any():
+        if not trees.any():
             return None
         return np.where(trees, self.branching, 1).astype(np.int32)
 
@@ -192,15 +215,17 @@ class PriceBudget:
             self.last_chances, self._uids = np.full(rows, 1.0 / max(rows, 1)), live.uids
             return self.last_chances
         self._age += 1
-        if not np.array_equal(live.uids, self._uids):
-            stayed = np.isin(self._uids, live.uids)
+        stayed = still_there(self._uids, live.uids)
+        if stayed is None:
+            self._age = REFRESH_EVERY
+        elif rows < len(self._uids):
             left = self.last_chances[stayed]
-            if lengths.owner is None and np.array_equal(self._uids[stayed], live.uids) and left.sum() > 0.0:
+            if lengths.owner is None and left.sum() > 0.0:
                 # Some are done and nobody joined: the others share what was theirs, as if nothing else had changed.
                 self.last_chances = left / left.sum()
             else:
                 self._age = REFRESH_EVERY
-            self._uids = live.uids
+        self._uids = live.uids
         if self._age >= REFRESH_EVERY:
             self.last_chances, self._age = finish_last(lengths, live.num_generated, live.num_remaining), 0
         return self.last_chances

@@ -124,6 +124,8 @@ class CostModel:
 
     def rounded(self, forward_tokens: int) -> int:
         """Forward tokens as the engine runs them."""
+        if not len(self._buckets):
+            return forward_tokens
         place = int(np.searchsorted(self._buckets, forward_tokens))
         return int(self._buckets[place]) if place < len(self._buckets) else forward_tokens
 
@@ -242,12 +244,13 @@ def _ridge(products: np.ndarray) -> np.ndarray:
 def nonnegative_least_squares(products: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
     """argmin over x >= 0 of x'Ax - 2x'b + ridge, A = `products` [k, k], b = `targets` [k]; None if nothing is finite.
 
-    All supports are tried, which is exact: 2^4 systems of at most 4 unknowns.
+    Supports are tried, the largest first, until one meets the conditions of an optimum (what is left out would rather
+    be negative), else all of them, which is exact: 2^4 systems of at most 4 unknowns.
     """
     size = len(targets)
     matrix = products + np.diag(_ridge(products))
     best, least = None, 0.0
-    for count in range(1, size + 1):
+    for count in range(size, 0, -1):
         for support in map(list, combinations(range(size), count)):
             try:
                 found = np.linalg.solve(matrix[np.ix_(support, support)], targets[support])
@@ -259,4 +262,7 @@ def nonnegative_least_squares(products: np.ndarray, targets: np.ndarray) -> np.n
             if value < least:
                 best, least = np.zeros(size), value
                 best[support] = found
+                left_out = [i for i in range(size) if i not in support]
+                if (matrix[left_out] @ best >= targets[left_out]).all():
+                    return best
     return best

@@ -52,16 +52,15 @@ class EngineStats:
     drafted_by_source: dict[str, int] = field(default_factory=dict)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
 
-    def count_drafts(self, sources: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> None:
-        """One verified step: [R] source code (of SOURCE_NAMES), draft tokens and kept ones of every sampling row."""
-        drafted_of, accepted_of = np.bincount(sources, drafted).tolist(), np.bincount(sources, accepted).tolist()
-        self.drafted += int(sum(drafted_of))
-        self.accepted += int(sum(accepted_of))
-        self.draft_rounds += int(np.count_nonzero(drafted))
-        for name, num_drafted, num_accepted in zip(SOURCE_NAMES, drafted_of, accepted_of, strict=False):
+    def count_drafts(self, draft_rounds: int, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """One verified step: requests with a draft; draft tokens and kept ones of each of SOURCE_NAMES."""
+        self.drafted += sum(drafted)
+        self.accepted += sum(accepted)
+        self.draft_rounds += draft_rounds
+        for name, num_drafted, num_accepted in zip(SOURCE_NAMES, drafted, accepted, strict=True):
             if num_drafted:
-                self.drafted_by_source[name] = self.drafted_by_source.get(name, 0) + int(num_drafted)
-                self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + int(num_accepted)
+                self.drafted_by_source[name] = self.drafted_by_source.get(name, 0) + num_drafted
+                self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + num_accepted
 
     @property
     def total_s(self) -> float:

@@ -175,7 +175,7 @@ class LiveLengths:
     tables: [slots, NUM_BINS + 1] float32 `LengthModel.table`s; rows: [B] the live requests' rows of it. initial: [B]
     classes. speed, width: [B] tokens that each request gains and draft tokens that it verifies per round. num_queued:
     requests that wait for a slot. owner: [B] non-decreasing worker index, for batches of several workers (replay);
-    None: one worker.
+    None: one worker. measured: speed is float32 and at least 1, width at least 0, as price_rows.round_rates gives them.
     """
 
     def __init__(
@@ -188,13 +188,19 @@ class LiveLengths:
         num_queued: np.ndarray | float = 0.0,
         owner: np.ndarray | None = None,
         width: np.ndarray | None = None,
+        measured: bool = False,
     ) -> None:
         self.model, self.tables, self.rows, self.initial = model, tables, rows, initial
-        speed = np.ones(len(rows)) if speed is None else np.where(np.isfinite(speed), speed, 1.0)
-        self.speed = np.maximum(speed, 1.0).astype(np.float32)
+        if speed is None:
+            speed = np.ones(len(rows), np.float32)
+        elif not measured:
+            speed = np.maximum(np.where(np.isfinite(speed), speed, 1.0), 1.0).astype(np.float32)
+        if width is None:
+            width = np.zeros(len(rows))
+        elif not measured:
+            width = np.maximum(np.where(np.isfinite(width), width, 0.0), 0.0)
+        self.speed, self.width = speed, width
         self.num_queued, self.owner = num_queued, owner
-        width = np.zeros(len(rows)) if width is None else np.where(np.isfinite(width), width, 0.0)
-        self.width = np.maximum(width, 0.0)
 
     @classmethod
     def of_prompts(cls, model: LengthModel, prompt_ids: Sequence[str]) -> LiveLengths:

@@ -39,7 +39,8 @@ class StepPlan:
     prompt chunks that do not reach the end of the context yet. sampling_slots: [R'] slots that sample; row_offsets:
     [R' + 1] int64 into the sampled rows; row_drafts: [R] int32, the draft token fed after each row or -1; logit_rows:
     [R padded] int64, the packed index of each sampled row. draft_rows: [R'] rows of the DraftBatch; draft_counts,
-    draft_sources: [R']; num_drafted: draft tokens of all. tree: where a draft branches.
+    draft_sources: [R']; num_drafted: draft tokens of all; num_cached: of the live requests before
+    the pass. tree: where a draft branches.
     """
 
     token_ids: np.ndarray
@@ -58,6 +59,7 @@ class StepPlan:
     draft_sources: np.ndarray
     num_prefill_tokens: int
     num_drafted: int = 0
+    num_cached: int = 0
     tree: TreePlan | None = None
 
 
@@ -152,6 +154,7 @@ def _plan_decoding(table: SlotTable, drafts: DraftBatch) -> StepPlan:
         draft_counts=np.zeros(num, np.int64),
         draft_sources=drafts.source[:num].copy(),
         num_prefill_tokens=0,
+        num_cached=int(positions[:num].sum()),
     )
 
 
@@ -210,5 +213,6 @@ def plan_step(table: SlotTable, drafts: DraftBatch, price: Price | None, max_for
         draft_sources=drafts.source[sampling],
         num_prefill_tokens=int(take[~decoding].sum()),
         num_drafted=int(counts.sum()),
+        num_cached=int(table.cached[slots].sum()),
         tree=tree,
     )

@@ -16,9 +16,10 @@ from slipstream.rollout.finish_last import LastCalibration
 from slipstream.rollout.guard import Guard
 from slipstream.rollout.lengths import NUM_BINS, UNKNOWN, LengthModel, LiveLengths
 from slipstream.rollout.packing import StepPlan
+from slipstream.rollout.price_rows import round_rates, still_there
 from slipstream.rollout.slots import SlotTable
 
-PRICE_EVERY = 4
+PRICE_EVERY = 8
 """Steps that a batch which nobody joins keeps its price for: responses grow by a few tokens meanwhile."""
 LEAST_LEFT = 0.75
 """Share of the requests priced that must still be live: fewer are worth another price."""
@@ -87,16 +88,17 @@ class Pricing:
         """Whether the price is still about these requests: all of them were priced, and most are still there. Those
         that have left go from it."""
         before, slots, known = self._live, table.order, self._slots
+        if slots is known and before is not None:
+            # The table makes another array when somebody joins or leaves.
+            return True
         if before is None or not LEAST_LEFT * self._num_priced <= len(slots) <= len(known):
             return False
-        if len(slots) == len(known):
-            return bool((live.uids == before.uids).all())
-        is_live = np.zeros(table.num_slots, bool)
-        is_live[slots] = True
-        stayed = is_live[known] & (table.uid[known] == before.uids)
-        # The order of admission never changes: as many as are live now are those.
-        if np.count_nonzero(stayed) != len(slots):
+        # The order of admission never changes.
+        stayed = still_there(before.uids, live.uids)
+        if stayed is None:
             return False
+        if len(slots) == len(known):
+            return True
         price, chances = self._price, self._chances[stayed]
         branching = None if price.branching is None else price.branching[stayed]
         self._price = Price(price.max_draft[stayed], price.min_accept_prob[stayed], branching)
@@ -108,20 +110,16 @@ class Pricing:
     ) -> Price:
         slots = table.order
         self._join(slots, live.uids, table)
-        rounds = table.rounds[slots] + PRIOR_ROUNDS
-        accepted = table.accepted[slots].sum(axis=1)
-        speed = 1.0 + (accepted + PRIOR_ROUNDS * self._accepted) / rounds
-        width = (table.drafted[slots] + PRIOR_ROUNDS * self._drafted) / rounds
-        queued = float(num_queued)
-        view = LiveLengths(self.lengths, self._tables, slots, self._initial[slots], speed, queued, width=width)
+        speed, width = round_rates(table, slots, PRIOR_ROUNDS, self._drafted, self._accepted)
+        initial, queued = self._initial[slots], float(num_queued)
+        view = LiveLengths(self.lengths, self._tables, slots, initial, speed, queued, width=width, measured=True)
         asked = budget.price(live, self.cost, view)
         rows, is_price = len(slots), isinstance(budget, PriceBudget)
         self._chances = budget.last_chances if isinstance(budget, PriceBudget) else np.full(rows, 1.0 / max(rows, 1))
         if is_price and rows > 1 and not num_queued and self._steps >= self._note_at:
             self.calibration.note(live.uids, self._chances)
             self._note_at = self._steps + NOTE_EVERY
-        least = acceptance.estimates_for(asked.min_accept_prob).astype(np.float32)
-        return Price(asked.max_draft, least, asked.branching)
+        return Price(asked.max_draft, acceptance.estimates_for(asked.min_accept_prob), asked.branching)
 
     def _join(self, slots: np.ndarray, uids: np.ndarray, table: SlotTable) -> None:
         for i in np.flatnonzero(self._uid[slots] != uids):
@@ -132,19 +130,24 @@ class Pricing:
                 self._uid[slots[i]] = uids[i]
 
     def account(
-        self, budget: BudgetPolicy | None, table: SlotTable, plan: StepPlan, counts: np.ndarray, seconds: float
+        self,
+        budget: BudgetPolicy | None,
+        table: SlotTable,
+        plan: StepPlan,
+        counts: np.ndarray,
+        num_accepted: int,
+        seconds: float,
     ) -> None:
-        """A step is done and its finished requests have left. counts: [R'] tokens gained by plan.sampling_slots."""
+        """A step is done and its finished requests have left. counts: [R'] tokens gained by plan.sampling_slots;
+        num_accepted: draft tokens among them."""
         self._steps += 1
-        # A slot keeps its numbers until it is taken again.
-        self.cost.observe(len(plan.live_slots), int(table.cached[plan.live_slots].sum()), len(plan.token_ids), seconds)
+        self.cost.observe(len(plan.live_slots), plan.num_cached, len(plan.token_ids), seconds)
         if budget is None or self._live is None:
             return
-        accepted = np.maximum(counts - 1, 0)
-        budget.observe(plan.draft_counts, accepted)
+        budget.observe(plan.draft_counts, np.maximum(counts - 1, 0))
         if len(counts):
             self._drafted += (1.0 - FADE_PER_STEP) * (plan.num_drafted / len(counts) - self._drafted)
-            self._accepted += (1.0 - FADE_PER_STEP) * (int(accepted.sum()) / len(counts) - self._accepted)
+            self._accepted += (1.0 - FADE_PER_STEP) * (num_accepted / len(counts) - self._accepted)
         if self._measured and self.guard is not None:
             self.guard.observe(seconds, float(self._chances[plan.draft_rows] @ counts))
         if not len(table.order):

@@ -107,4 +107,5 @@ class PackedRunner:
         return StepResult(verified, forward_to - started, time.perf_counter() - forward_to)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        on_host = torch.from_numpy(array)
+        return on_host if self._device.type == "cpu" else on_host.to(self._device, non_blocking=True)

@@ -42,8 +42,9 @@ class SlotTable:
         self.rounds = np.zeros(num_slots, np.int64)
         self.drafted = np.zeros(num_slots, np.int64)
         self.accepted = np.zeros((num_slots, len(SOURCE_NAMES)), np.int64)
-        self.draft_s = np.zeros(num_slots, np.float64)
-        self.verify_s = np.zeros(num_slots, np.float64)
+        # Seconds of one request among the live, over all steps so far; and what they were when a slot was taken.
+        self._spent = (0.0, 0.0)
+        self._spent_before = [self._spent] * num_slots
 
     @property
     def num_free(self) -> int:
@@ -71,9 +72,14 @@ class SlotTable:
             sampling.top_k,
         )
         self._set_stops(slot, sampling.stop_token_ids)
-        for counter in (self.rounds, self.drafted, self.accepted, self.draft_s, self.verify_s):
+        for counter in (self.rounds, self.drafted, self.accepted):
             counter[slot] = 0
+        self._spent_before[slot] = self._spent
         return slot
+
+    def spend(self, draft_s: float, verify_s: float) -> None:
+        """Every live request took part in a step and spent this much on it."""
+        self._spent = self._spent[0] + draft_s, self._spent[1] + verify_s
 
     def _set_stops(self, slot: int, ids: tuple[int, ...]) -> None:
         missing = len(ids) - self.stop_ids.shape[1]
@@ -120,8 +126,8 @@ class SlotTable:
             drafted=int(self.drafted[slot]),
             accepted=int(self.accepted[slot].sum()),
             by_source={name: int(n) for name, n in zip(SOURCE_NAMES, self.accepted[slot], strict=True) if n},
-            draft_seconds=float(self.draft_s[slot]),
-            verify_seconds=float(self.verify_s[slot]),
+            draft_seconds=self._spent[0] - self._spent_before[slot][0],
+            verify_seconds=self._spent[1] - self._spent_before[slot][1],
         )
         rollout = Rollout(
             request=request,

@@ -24,7 +24,7 @@ from slipstream.drafter.base import DraftBatch, Drafter, LiveBatch, Price, Ragge
 from slipstream.kernels.dispatch import KernelChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
-from slipstream.rollout.bookkeeping import make_books, spread
+from slipstream.rollout.bookkeeping import Committed, make_books, spread
 from slipstream.rollout.budget import BudgetPolicy
 from slipstream.rollout.engine import EngineError, EngineStats, Patch
 from slipstream.rollout.kv_cache import ATTENTION_NAME, SlotKVCache
@@ -188,20 +188,20 @@ class TorchEngine:
         drafted_at = time.perf_counter()
         plan, invalid = self._books.plan(self.table, self._drafts, price, self.max_forward_tokens, self.vocab_size)
         self._stats.invalid_drafts += invalid
-        self.runner.launch(plan, self.table.sampling_rows(plan.sampling_slots))
+        self.runner.launch(plan, self._books.sampling_rows(self.table, plan.sampling_slots))
         self._extend_late()
         result = self.runner.collect()
         verified = result.verified
         self._stats.graph_steps += result.graphed
-        new = self._commit(plan, verified)
+        committed = self._commit(plan, verified)
         extended_from = time.perf_counter()
-        self._extend(plan, verified, new)
+        self._extend(plan, verified, committed.new)
         extend_s = time.perf_counter() - extended_from
         done = refused + self._retire(plan, verified.finish)
         draft_s = drafted_at - drafting_from + extend_s
         total_s = time.perf_counter() - started
         self._account(plan, draft_s, result.forward_s, result.sample_s, total_s)
-        self.pricing.account(self.budget, self.table, plan, verified.count, total_s)
+        self.pricing.account(self.budget, self.table, plan, verified.count, sum(committed.accepted), total_s)
         return done
 
     def _propose(self) -> Price | None:
@@ -209,30 +209,27 @@ class TorchEngine:
         self._drafts.clear(len(slots))
         if self.drafter is None or self.budget is None:
             return None
-        live = self.table.live_batch(slots)
+        live = self._books.live_batch(self.table, slots)
         price = self.pricing.price(self.budget, live, self.table, len(self._queue), self._observed.model)
-        pending = self.table.length[slots] - self.table.cached[slots]
-        limit = np.where(pending == 1, np.minimum(price.max_draft, live.num_remaining - 1), 0)
-        limit = np.minimum(np.maximum(limit, 0), self.max_draft_tokens)
-        branching = price.branching if self.kernels.trees else None
-        price = Price(limit.astype(np.int32), price.min_accept_prob, branching)
-        if limit.any():
+        limit, drafting = self._books.draft_limits(self.table, price.max_draft, self.max_draft_tokens)
+        price = Price(limit, price.min_accept_prob, price.branching if self.kernels.trees else None)
+        if drafting:
             self._extend_late()
             self.drafter.propose(live, price, self._drafts)
         return price
 
-    def _commit(self, plan: StepPlan, verified: Verified) -> Ragged:
-        """Writes the new tokens; returns those of every sampling slot."""
+    def _commit(self, plan: StepPlan, verified: Verified) -> Committed:
+        """Writes the new tokens."""
         if len(plan.chunk_slots):
             self.table.cached[plan.chunk_slots] += plan.chunk_sizes
         if verified.path is not None:
             self._gather_path(plan, verified.count, verified.path)
-        new = self._books.commit(self.table, plan, verified, self.policy_version)
-        self._stats.generated_tokens += len(new.values)
-        self._stats.rounds += int(np.count_nonzero(verified.count))
+        done = self._books.commit(self.table, plan, verified, self.policy_version)
+        self._stats.generated_tokens += len(done.new.values)
+        self._stats.rounds += done.rounds
         if plan.num_drafted:
-            self._stats.count_drafts(plan.draft_sources, plan.draft_counts, np.maximum(verified.count - 1, 0))
-        return new
+            self._stats.count_drafts(done.draft_rounds, done.drafted, done.accepted)
+        return done
 
     def _gather_path(self, plan: StepPlan, count: np.ndarray, path: np.ndarray) -> None:
         """Brings the accepted path of trees to where a chain would have been."""
@@ -251,7 +248,7 @@ class TorchEngine:
             self._observed_steps += 1
             if calibrates_after(self._observed_steps):
                 self.drafter.calibrate(self.acceptance.probabilities())
-        self._late = self.table.live_batch(plan.sampling_slots), new
+        self._late = self._books.live_batch(self.table, plan.sampling_slots), new
         if not self.runner.overlaps:
             self._extend_late()
 
@@ -301,8 +298,7 @@ class TorchEngine:
         stats.sample_s += sample_s
         stats.draft_s += draft_s
         stats.other_s += total_s - draft_s - forward_s - sample_s
-        self.table.draft_s[live] += draft_s / len(live)
-        self.table.verify_s[live] += (forward_s + sample_s) / len(live)
+        self.table.spend(draft_s / len(live), (forward_s + sample_s) / len(live))
 
     # ---- weights, aborting, draining
 

@@ -94,7 +94,7 @@ def replay_tokens(
         speed, width = table.usual(rows, spent)
         view = LiveLengths(lengths, tables, rows, initial[rows], speed, width=width)
         price = policy.price(live, known, view)
-        least = acceptance.estimates_for(price.min_accept_prob).astype(np.float32)
+        least = acceptance.estimates_for(price.min_accept_prob)
         limit = np.clip(np.minimum(price.max_draft, live.num_remaining - 1), 0, max_draft_tokens).astype(np.int32)
         out.clear(len(rows))
         if limit.any():

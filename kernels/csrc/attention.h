@@ -58,7 +58,7 @@ inline void move_kv(const CacheShape& s, float* keys, float* values, int64_t cou
 }
 
 constexpr int kMostQueries = 8;      // queries that share what they read of the cache
-constexpr int64_t kTaskTokens = 16;  // tokens that one thread takes at a time, at most
+constexpr int64_t kTaskTokens = 16;  // tokens that are worked on at a time, at most
 
 // One query: where it lies, where its result goes, and its positions start .. end - 1. Those below `branch` lie at their
 // own places; position end - 1 - i lies at back[i]. No place is beyond `places`.
@@ -110,14 +110,28 @@ inline void attend_tokens(Isa isa, const AttentionArgs& a, int64_t begin, int64_
   plain::attend_tokens(a, begin, end, scratch);
 }
 
+// The first token of the slot's own around `token`, which share what they read of the cache, unless they are many.
+inline int64_t run_start(const AttentionArgs& a, int64_t token) {
+  int64_t first = token;
+  while (token < a.num_tokens && first > 0 && a.slots[first - 1] == a.slots[token]) {
+    if (token - first == kTaskTokens) return token;
+    --first;
+  }
+  return first;
+}
+
 inline void ragged_attention(Isa isa, StepThreads* threads, const AttentionArgs& a) {
   int64_t read = 0;
   for (int64_t t = 0; t < a.num_tokens; ++t)
     read += a.window > 0 ? std::min(a.places[t] + 1, a.window) : a.places[t] + 1;
   const int64_t work = 4 * read * a.num_heads * a.shape.head_dim;  // operations of all tokens
-  const int64_t tokens = std::clamp<int64_t>(kTaskWork * a.num_tokens / std::max<int64_t>(work, 1), 1, kTaskTokens);
-  for_each_task(threads, (a.num_tokens + tokens - 1) / tokens, [&](int64_t task) {
-    attend_tokens(isa, a, task * tokens, std::min(a.num_tokens, (task + 1) * tokens));
+  const int64_t tasks = task_count(threads, work, (a.num_tokens + kTaskTokens - 1) / kTaskTokens, a.num_tokens);
+  const auto first = [&](int64_t task) { return run_start(a, task * a.num_tokens / tasks); };
+  for_each_task(threads, tasks, [&](int64_t task) {
+    for (int64_t from = first(task), end = first(task + 1), to; from < end; from = to) {
+      to = std::min(end, from + kTaskTokens);
+      attend_tokens(isa, a, from, to);
+    }
   });
 }
 

@@ -72,10 +72,8 @@ class PackedLinear {
   void forward(Isa isa, StepThreads* threads, const T* x, int64_t rows, T* out) const {
     const LinearArgs<T> args{x, packed_.data(), bias_.empty() ? nullptr : bias_.data(), rows, n_, k_, out};
     const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n_);
-    const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_;  // operations of one panel
-    const int64_t at_once = std::clamp<int64_t>(2 * kTaskWork / std::max<int64_t>(work, 1), 1, panels);
-    const int64_t panel_tasks = (panels + at_once - 1) / at_once;
-    // Tasks of one size: two threads end together.
+    const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_ * panels;  // operations of one task of rows
+    const int64_t panel_tasks = task_count(threads, work, 1, panels);
     for_each_task(threads, row_tasks * panel_tasks, [&](int64_t task) {
       const int64_t row = task / panel_tasks * kTaskRows, part = task % panel_tasks;
       linear_part(isa, args, {part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,

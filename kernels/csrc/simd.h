@@ -93,10 +93,15 @@ struct Wide {
     return out;
   }
 };
-// Floats of a register; rows of a linear layer and queries of attention that are worked on together.
-constexpr int kChunk = 4, kTileRows = 4, kTileQueries = 1;
+// Floats of a register; rows of a linear layer, queries of attention, and its sums of sixteen, that are worked on together.
+constexpr int kChunk = 4, kTileRows = 4, kTileQueries = 1, kTileSums = 4;
 
-// Products of the lower halves of 64-bit lanes with b, and whether a lane of a comparison is set.
+// sum += a * b lane by lane, rounded once; products of the lower halves of 64-bit lanes with b; and whether a lane of a
+// comparison is set.
+template <typename Floats>
+SLIPSTREAM_FORCE void add_products(const Floats& a, const Floats& b, Floats& sum) {
+  for (size_t i = 0; i < sizeof(Floats) / 4; ++i) sum[i] = std::fma(a[i], b[i], sum[i]);
+}
 template <typename Words>
 SLIPSTREAM_FORCE void multiply_words(const Words& a, uint32_t b, Words& out) {
   for (size_t i = 0; i < sizeof(Words) / 8; ++i) out[i] = uint64_t{static_cast<uint32_t>(a[i])} * b;
@@ -179,8 +184,12 @@ struct Wide {
     return {_mm256_add_ps(low, b.low), _mm256_add_ps(high, b.high)};
   }
 };
-constexpr int kChunk = 8, kTileRows = 3, kTileQueries = 2;
+constexpr int kChunk = 8, kTileRows = 3, kTileQueries = 2, kTileSums = 4;
 
+template <typename Floats>
+SLIPSTREAM_FORCE void add_products(const Floats& a, const Floats& b, Floats& sum) {
+  sum = (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
 template <typename Words>
 SLIPSTREAM_FORCE void multiply_words(const Words& a, uint32_t b, Words& out) {
   out = (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
@@ -245,8 +254,12 @@ struct Wide {
   SLIPSTREAM_FORCE Wide over(float b) const { return {_mm512_div_ps(lanes, _mm512_set1_ps(b))}; }
   SLIPSTREAM_FORCE Wide plus(const Wide& b) const { return {_mm512_add_ps(lanes, b.lanes)}; }
 };
-constexpr int kChunk = 16, kTileRows = 12, kTileQueries = 8;
+constexpr int kChunk = 16, kTileRows = 12, kTileQueries = 8, kTileSums = 16;
 
+template <typename Floats>
+SLIPSTREAM_FORCE void add_products(const Floats& a, const Floats& b, Floats& sum) {
+  sum = (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
 template <typename Words>
 SLIPSTREAM_FORCE void multiply_words(const Words& a, uint32_t b, Words& out) {
   out = (Words)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));

@@ -33,7 +33,7 @@ struct StepRows {
       logit_rows, draft_rows, draft_counts;
   std::vector<int32_t> row_drafts;
   std::vector<int8_t> draft_sources;
-  int64_t prefill = 0, drafted = 0, invalid = 0;
+  int64_t cached = 0, prefill = 0, drafted = 0, invalid = 0;
 };
 
 class StepPlanner {
@@ -59,6 +59,7 @@ class StepPlanner {
       const int64_t more = std::clamp<int64_t>(pending - 1, 0, std::max<int64_t>(room, 0));
       room -= std::max<int64_t>(pending - 1, 0);
       out_.widths.push_back(std::min<int64_t>(pending, 1) + more);
+      out_.cached += slots_.cached[slot];
       used_ += out_.widths.back();
     }
   }
@@ -150,9 +151,18 @@ struct SlotState {
   int64_t *length, *cached, *rounds, *drafted, *accepted;
 };
 
-// Writes the new tokens; `taken` gets them one request behind the other, with `offsets` [requests + 1].
-inline void commit_rows(const SampledRows& rows, const SlotState& state, int32_t version, std::vector<int32_t>& taken,
-                        int64_t* offsets) {
+// What a pass brought: its tokens one request behind the other; requests that gained a token and that had a draft; and
+// draft tokens verified and kept, by source.
+struct CommittedRows {
+  explicit CommittedRows(int64_t num_sources) : drafted(num_sources), accepted(num_sources) {}
+  std::vector<int32_t> tokens;
+  int64_t rounds = 0, draft_rounds = 0;
+  std::vector<int64_t> drafted, accepted;
+};
+
+// Writes the new tokens. offsets [requests + 1]: of each request's in `out.tokens`.
+inline void commit_rows(const SampledRows& rows, const SlotState& state, int32_t version, int64_t* offsets,
+                        CommittedRows& out) {
   offsets[0] = 0;
   for (int64_t i = 0; i < rows.requests; ++i) {
     const int64_t slot = rows.slots[i], count = rows.count[i], length = state.length[slot];
@@ -160,13 +170,18 @@ inline void commit_rows(const SampledRows& rows, const SlotState& state, int32_t
     std::copy_n(rows.tokens + from, count, state.tokens + to);
     std::copy_n(rows.logprobs + from, count, state.logprobs + to);
     std::fill_n(state.versions + to, count, version);
-    taken.insert(taken.end(), rows.tokens + from, rows.tokens + from + count);
+    out.tokens.insert(out.tokens.end(), rows.tokens + from, rows.tokens + from + count);
     offsets[i + 1] = offsets[i] + count;
     state.length[slot] = length + count;
     state.cached[slot] = length + count - 1;
     state.rounds[slot] += count > 0;
     state.drafted[slot] += rows.draft_counts[i];
-    state.accepted[slot * state.num_sources + rows.sources[i]] += std::max<int64_t>(count - 1, 0);
+    const int64_t kept = std::max<int64_t>(count - 1, 0);
+    state.accepted[slot * state.num_sources + rows.sources[i]] += kept;
+    out.rounds += count > 0;
+    out.draft_rounds += rows.draft_counts[i] > 0;
+    out.drafted[rows.sources[i]] += rows.draft_counts[i];
+    out.accepted[rows.sources[i]] += kept;
   }
 }
 

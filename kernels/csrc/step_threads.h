@@ -127,8 +127,15 @@ class StepThreads {
   std::vector<std::thread> helpers_;
 };
 
-// Operations below which a second thread costs more than it saves, about 10 us.
-constexpr int64_t kTaskWork = 1 << 20;
+// Operations that are worth a task of their own, about 2.5 us.
+constexpr int64_t kTaskWork = 1 << 19;
+
+// Into how many tasks, `least` to `most`, so many operations are dealt: as many for every thread, so that all end
+// together; one where a second would not pay.
+inline int64_t task_count(const StepThreads* threads, int64_t work, int64_t least, int64_t most) {
+  const int64_t wanted = std::max(least, work / kTaskWork), each = threads == nullptr ? 1 : int64_t(threads->size());
+  return std::clamp<int64_t>(wanted > 1 ? (wanted + each - 1) / each * each : wanted, 1, std::max<int64_t>(most, 1));
+}
 
 // task(i) for every i below `count`, on the caller's thread alone if `threads` is null.
 template <typename Task>

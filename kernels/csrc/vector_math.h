@@ -1,5 +1,5 @@
-// exp, maxima and sums over sixteen lanes. Every operation is an IEEE multiplication or addition in a fixed order, so
-// each instruction set computes the same bits (-ffp-contract=off forbids the compiler to fuse them).
+// exp, maxima and sums over sixteen lanes. Every operation is an IEEE one in a fixed order, and what is fused is written
+// so (-ffp-contract=off forbids the compiler to choose), so each instruction set computes the same bits.
 #pragma once
 #include <cstdint>
 #include <cstring>

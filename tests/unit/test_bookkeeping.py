@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.drafter.base import DraftBatch, Price
+from slipstream.drafter.base import DraftBatch, LiveBatch, Price
 from slipstream.drafter.calibration import NUM_CELLS
-from slipstream.kernels.reference import Verified
+from slipstream.kernels.reference import SamplingRows, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel
 from slipstream.rollout.bookkeeping import Books, NativeBooks
 from slipstream.rollout.packing import StepPlan
@@ -80,9 +80,9 @@ def test_plans_tables_and_counts_are_those_of_the_twin(seed: int, trees: bool, r
         verified = verify(rng, plan)
         buffer = AcceptanceBuffer(AcceptanceModel())
         books.observe(buffer, drafts, plan, verified)
-        new = books.commit(table, plan, verified, version=7)
-        results.append((plan, invalid, new, table, buffer.flush()))
-    (plain, invalid, new, table, model), (native, native_invalid, native_new, native_table, native_model) = results
+        done = books.commit(table, plan, verified, version=7)
+        results.append((plan, invalid, done, table, buffer.flush()))
+    (plain, invalid, done, table, model), (native, native_invalid, native_done, native_table, native_model) = results
     for field in fields(StepPlan):
         if field.name != "tree":
             assert same(getattr(plain, field.name), getattr(native, field.name)), field.name
@@ -91,14 +91,41 @@ def test_plans_tables_and_counts_are_those_of_the_twin(seed: int, trees: bool, r
         for field in fields(plain.tree):
             assert same(getattr(plain.tree, field.name), getattr(native.tree, field.name)), field.name
     assert invalid == native_invalid
-    assert same(new.values, native_new.values)
-    assert same(new.offsets, native_new.offsets)
+    assert same(done.new.values, native_done.new.values)
+    assert same(done.new.offsets, native_done.new.offsets)
+    for name in ("rounds", "draft_rounds", "drafted", "accepted"):
+        assert same(getattr(done, name), getattr(native_done, name)), name
     for name in TABLE:
         assert same(getattr(table, name), getattr(native_table, name)), name
     assert same(model.seen, native_model.seen)
     assert same(model.accepted, native_model.accepted)
     np.testing.assert_allclose(model.curve, native_model.curve, rtol=1e-12)
     np.testing.assert_allclose(model.squared_error, native_model.squared_error, rtol=1e-12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_what_a_step_reads_of_its_slots_is_that_of_the_twin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = make_table(rng)
+    for slot in table.order:
+        table._set_stops(int(slot), tuple(range(int(rng.integers(0, 4)))))
+        table.length[slot] = min(table.length[slot] + rng.integers(0, 20), table.end[slot] - 1)
+    slots = rng.permutation(table.order)[: rng.integers(0, len(table.order) + 1)]
+    wanted = rng.integers(-1, 40, len(table.order)).astype(np.int32)
+    plain, native = Books(), NativeBooks()
+    batch, native_batch = plain.live_batch(table, slots), native.live_batch(table, slots)
+    for field in fields(LiveBatch):
+        assert same(getattr(batch, field.name), getattr(native_batch, field.name)), field.name
+    rows, native_rows = plain.sampling_rows(table, slots), native.sampling_rows(table, slots)
+    for field in fields(SamplingRows):
+        assert same(getattr(rows, field.name), getattr(native_rows, field.name)), field.name
+    (limit, any_row), (native_limit, native_any) = (b.draft_limits(table, wanted, 16) for b in (plain, native))
+    assert same(limit, native_limit)
+    assert any_row == native_any == bool((limit > 0).any())
+    pending = table.length[table.order] - table.cached[table.order]
+    assert (limit[pending > 1] == 0).all()
+    assert (limit < np.maximum(table.end - table.length, 1)[table.order]).all()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
