@@ -40,7 +40,7 @@ class _Held:
 
 
 class NativeSuffixIndexes:
-    """Frozen and live suffix automata of every prompt; arguments as for SuffixDrafter."""
+    """Frozen suffix automata and live text of every prompt; arguments as for SuffixDrafter."""
 
     def __init__(
         self,

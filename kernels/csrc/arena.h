@@ -1,7 +1,9 @@
-// Memory of the growing automata: one stretch of addresses for all of them, handed out in chunks.
+// Memory of the indexes: one stretch of addresses for all of a kind, handed out in chunks.
 //
 // Invariants
 // - An index is valid for the whole arena and never moves: growth copies nothing, and reading takes one addition.
+// - A stretch is mapped in large pages where the system has them: the indexes of many prompts take more small pages than a
+//   processor remembers, and what looks all over them waits for the page table too.
 // - Chunks that an automaton gives back are used again without a page fault, which costs more than inserting the tokens
 //   that fit on a page.
 // - Addresses are reserved, not memory: only chunks that were used once take up pages.
@@ -11,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
+#include <map>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -20,10 +24,15 @@ namespace slipstream {
 
 constexpr size_t kLine = 64;
 
-inline void* allocate_lines(size_t bytes) {
-  void* block = std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine);
-  if (!block) throw std::bad_alloc();
-  return block;
+// Not __builtin_prefetch: gcc takes a function of nothing else for pure and drops the call.
+inline void prefetch(const void* at) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(at)));
+#elif defined(__aarch64__)
+  asm volatile("prfm pldl1keep, %0" ::"Q"(*static_cast<const char*>(at)));
+#else
+  __builtin_prefetch(at);
+#endif
 }
 
 // Any thread may call it.
@@ -50,35 +59,49 @@ class Arena {
 
   char* base() const { return base_; }
 
-  // The number of the first of `count` chunks side by side; never 0.
-  size_t take(size_t count) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = free_.size(); i-- > 0;)
-      if (free_[i].count == count) {
-        const size_t first = free_[i].first;
-        free_[i] = free_.back();
-        free_.pop_back();
-        return first;
-      }
-    if ((next_ + count) * kChunkBytes > bytes_) throw std::length_error("the suffix index has no addresses left");
-    next_ += count;
-    return next_ - count;
-  }
-
   struct Run {
     size_t first, count;
   };
+
+  // `count` chunks side by side, at the lowest place that is free; their number is never 0.
+  Run take(size_t count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto free = free_.begin(); free != free_.end(); ++free) {
+      const Run run{free->first, free->second};
+      if (run.count < count) continue;
+      free_.erase(free);
+      if (run.count > count) free_[run.first + count] = run.count - count;
+      return {run.first, count};
+    }
+    if ((next_ + count) * kChunkBytes > bytes_) throw std::length_error("the suffix index has no addresses left");
+    next_ += count;
+    return {next_ - count, count};
+  }
+
   void give(const std::vector<Run>& runs) {
     std::lock_guard<std::mutex> lock(mutex_);
-    free_.insert(free_.end(), runs.begin(), runs.end());
+    for (const Run& run : runs) {
+      const auto at = free_.emplace(run.first, run.count).first;
+      join(at);
+      if (at != free_.begin()) join(std::prev(at));
+    }
   }
 
  private:
+  using Free = std::map<size_t, size_t>;
+  // With what follows right after.
+  void join(Free::iterator at) {
+    const auto next = std::next(at);
+    if (next == free_.end() || at->first + at->second != next->first) return;
+    at->second += next->second;
+    free_.erase(next);
+  }
+
   size_t bytes_;
   char* base_ = nullptr;
   std::mutex mutex_;
   size_t next_ = 1;
-  std::vector<Run> free_;
+  Free free_;  // first chunk: how many
 };
 
 // One owner's share of an arena, as values of one plain type; gives it back at the end.
@@ -128,7 +151,7 @@ class ArenaArray {
  private:
   size_t reserve(size_t chunks) {
     runs_.reserve(runs_.size() + 1);
-    runs_.push_back({arena_->take(chunks), chunks});
+    runs_.push_back(arena_->take(chunks));
     num_chunks_ += chunks;
     return runs_.back().first * kPerChunk;
   }

@@ -35,9 +35,12 @@ struct BadBlock : std::invalid_argument {
 
 class Block {
  public:
-  // Uninitialised but for the header. From the heap: the block that this one replaces leaves warm pages there.
+  // Uninitialised but for the header. From one arena for the whole process: the block that this one replaces leaves warm
+  // pages there.
   static std::shared_ptr<char> allocate(size_t bytes) {
-    std::shared_ptr<char> block(static_cast<char*>(allocate_lines(bytes)), std::free);
+    static Arena& arena = *new Arena(size_t{1} << 38);  // never destroyed: blocks may be in use until the process ends
+    const Arena::Run run = arena.take((bytes + Arena::kChunkBytes - 1) / Arena::kChunkBytes);
+    std::shared_ptr<char> block(arena.base() + run.first * Arena::kChunkBytes, [run](char*) { arena.give({run}); });
     std::memset(block.get(), 0, sizeof(BlockHeader));
     // What rounds the size up is part of the checksum.
     std::memset(block.get() + bytes - 8, 0, 8);

@@ -20,15 +20,9 @@ constexpr int kTokenBits = 24;
 constexpr uint32_t kGap = (1u << kTokenBits) - 1;  // kStart in the bits of a token: stands before every sequence
 constexpr char kSharedMagic[9] = "SLPTXT01";
 
-// The last tokens of a request, newest last; places that were never filled hold kStart.
+// The last tokens of a request, newest last; kStart where there are none.
 struct RecentTokens {
   alignas(kLine) std::array<int32_t, kRecent> tokens;
-  RecentTokens() { tokens.fill(kStart); }
-  void append(const int32_t* first, const int32_t* last) {
-    const auto count = std::min<ptrdiff_t>(last - first, kRecent);
-    std::memmove(tokens.data(), tokens.data() + count, sizeof(int32_t) * static_cast<size_t>(kRecent - count));
-    std::copy(last - count, last, tokens.end() - count);
-  }
   const int32_t* end() const { return tokens.data() + kRecent; }
 };
 

@@ -1,4 +1,4 @@
-// A generalised suffix automaton that grows: what the live tier is and the frozen tier is made from.
+// A generalised suffix automaton that grows: what the frozen tier is made from.
 //
 // Invariants
 // - Indices are 32-bit and count from the start of the arena, so reading a state takes no table of chunks.
@@ -38,32 +38,30 @@ struct State {
 };
 static_assert(sizeof(State) == 32, "a state must not straddle cache lines");
 
-// Not __builtin_prefetch: gcc takes a function of nothing else for pure and drops the call.
-inline void prefetch(const void* at) {
-#if defined(__x86_64__)
-  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(at)));
-#elif defined(__aarch64__)
-  asm volatile("prfm pldl1keep, %0" ::"Q"(*static_cast<const char*>(at)));
-#else
-  __builtin_prefetch(at);
-#endif
-}
+// Text of the live tier (suffix_live.h). pair, single: the earlier places of each token.
+struct LivePage {
+  static constexpr uint32_t kTokens = 84;
+  int32_t sequence;
+  uint32_t next, previous, unused;
+  int32_t token[kTokens];
+  uint32_t pair[kTokens], single[kTokens];
+};
+static_assert(sizeof(LivePage) == 1024, "a place counts words");
 
-// What automata are made of. Sizes are of addresses: 2^31 states and 2^27 edges.
+// What the indexes that grow are made of. Sizes are of addresses: 2^31 states, 2^27 edges and 2^32 words.
 struct IndexMemory {
-  Arena states{size_t{1} << 36}, edges{size_t{1} << 30};
+  Arena states{size_t{1} << 36}, edges{size_t{1} << 30}, pages{size_t{1} << 34};
 };
 
-// clones_inherit: whether a clone starts with the weight of its original (weights counted as text arrives) or with
-// none (weights propagated over the links at the end).
+// Weights belong to the states of whole prefixes: a clone starts with none, and they are propagated over the links at the
+// end.
 class SuffixAutomaton {
  public:
-  SuffixAutomaton(std::shared_ptr<IndexMemory> memory, bool clones_inherit)
+  explicit SuffixAutomaton(std::shared_ptr<IndexMemory> memory)
       : memory_(std::move(memory)),
         states_(memory_->states),
         clones_(memory_->states),
-        edges_(memory_->edges),
-        clones_inherit_(clones_inherit) {
+        edges_(memory_->edges) {
     root_ = add_state({0, -1, kNoToken, 0, 0.0f, 0, 0, 0});
   }
 
@@ -101,22 +99,6 @@ class SuffixAutomaton {
       states_[fresh].link = exact ? target : clone(state, token, target);
     }
     return fresh;
-  }
-
-  const int32_t* find(int32_t at, int32_t token) const {
-    return const_cast<SuffixAutomaton*>(this)->find(at, token);
-  }
-
-  void prefetch_edges(int32_t at) const {
-    const State& s = states_[at];
-    if (s.token != kNoToken) prefetch(&states_[s.target]);
-    if (s.more) prefetch(edges_.at(offset_of(s.more)));
-  }
-
-  // Fetches what the search for an edge will look at after the state itself.
-  void prefetch_search(int32_t at, int32_t token) const {
-    const uint32_t more = states_[at].more, log2 = log2_of(more);
-    if (more) prefetch(edges_.at(offset_of(more)) + (log2 < kHashedLog2 ? 0 : 1 + home(token, log2)));
   }
 
   template <typename Visit>
@@ -231,7 +213,7 @@ class SuffixAutomaton {
     ++num_states_;
     const int32_t copy = static_cast<int32_t>(clones_.push(states_[target]));
     states_[copy].length = states_[state].length + 1;
-    if (!clones_inherit_) states_[copy].weight = 0.0f;
+    states_[copy].weight = 0.0f;
     if (const uint32_t more = states_[target].more) {
       const uint32_t log2 = log2_of(more);
       const uint32_t own = allocate(log2);
@@ -261,7 +243,6 @@ class SuffixAutomaton {
   int32_t root_ = 0;
   size_t num_states_ = 0;
   std::array<uint32_t, 32> free_{};
-  bool clones_inherit_;
 };
 
 }  // namespace slipstream

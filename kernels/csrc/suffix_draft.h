@@ -1,13 +1,16 @@
-// Drafting a chain from a tier: the heaviest continuation of the longest matches. Plain twin: kernels/suffix_index.py.
+// Drafting a chain from a prompt's tiers: the heaviest continuation of the longest matches. Plain twins:
+// kernels/suffix_index.py (automaton), kernels/live_text.py.
 //
 // Invariants
-// - The relative weight of "c follows s" is w(sc) / (w(s) + escape), text that ends at s counted in w(s), except the
-//   drafting request's own end. The escape weight keeps what was seen once from looking certain.
+// - The relative weight of "c follows s" is w(sc) / (w(s) + escape). In the frozen tier text that ends at s counts in
+//   w(s); in the live tier, whose text is not complete, w counts the kMaxPlaces latest places that go on. The escape
+//   weight keeps what was seen once from looking certain.
 // - A draft's path probability is the product of its tokens' calibrated probabilities; its score, their sum over the
 //   draft, is the expected number of accepted tokens.
 #pragma once
 #include "calibration.h"
 #include "suffix_frozen.h"
+#include "suffix_live.h"
 
 namespace slipstream {
 
@@ -55,65 +58,127 @@ struct Draft {
   }
 };
 
-// A tier with what it knows about the origin of a mark.
+// Who drafts from a live tier, and where its own text ends.
 struct LiveView {
   const Live& tier;
-  int32_t own_sequence, own_end;  // own_end: the state of the request's own text
-  Source source(int32_t mark) const {
-    return mark == own_sequence ? kSelf : mark == kPromptSequence ? kPrompt : kSibling;
+  int32_t own_sequence;
+  uint32_t own_end;
+  Source source(uint32_t place) const {
+    const int32_t sequence = tier.sequence(place);
+    return sequence == own_sequence ? kSelf : sequence == kPromptSequence ? kPrompt : kSibling;
   }
-  uint8_t age(int32_t) const { return 0; }
-};
-struct FrozenView {
-  const Frozen& tier;
-  static constexpr int32_t own_end = -1;
-  Source source(int32_t) const { return kHistory; }
-  uint8_t age(int32_t mark) const { return tier.age(mark); }
 };
 
 // Follows the heaviest continuation from a state that stands for the last `matched` tokens. Where the text ends, the
-// longest suffix that goes on elsewhere takes over: text of period k is drafted further than its last period. On the
-// suffix chain of the request's own end, where drafts start, that end is no evidence.
-template <typename View>
-void follow(const View& view, int32_t at, int matched, const Calibration& calibration, const DraftLimits& limits,
-            Draft& out) {
-  const auto& tier = view.tier;
-  bool is_suffix = view.own_end >= 0;
+// longest suffix that goes on elsewhere takes over: text of period k is drafted further than its last period.
+inline void follow(const Frozen& tier, int32_t at, int matched, const Calibration& calibration,
+                   const DraftLimits& limits, Draft& out) {
   Child child;
   while (out.count < limits.max_tokens) {
     if (!tier.best(at, child)) {
-      is_suffix = at == view.own_end || is_suffix;
       at = tier.state(at).link;
       if (at < 0 || tier.state(at).length < limits.min_resume) return;
       matched = tier.state(at).length;
       continue;
     }
-    const float total = std::max(tier.state(at).weight - (is_suffix ? 1.0f : 0.0f), child.weight);
-    if (!out.add(child.token, child.weight / (total + limits.escape), matched, view.source(child.mark),
-                 view.age(child.mark), calibration, limits))
+    const float total = std::max(tier.state(at).weight, child.weight);
+    if (!out.add(child.token, child.weight / (total + limits.escape), matched, kHistory, tier.age(child.mark),
+                 calibration, limits))
       return;
     at = child.target;
     ++matched;
-    is_suffix = false;
   }
 }
 
 // The best of `best` and the drafts from the longest continued match and up to max_candidates - 1 shorter ones. A shorter
 // context is not asked where a longer one promises enough. `spare` is scratch of the same size.
-template <typename View>
-void draft_from(const View& view, int32_t at, int32_t matched, int max_candidates, const Calibration& calibration,
-                const DraftLimits& limits, Draft& best, Draft& spare) {
-  for (int tried = 0; tried < max_candidates && matched >= limits.min_match && at != view.tier.root();) {
+inline void draft_from(const Frozen& tier, int32_t at, int32_t matched, int max_candidates,
+                       const Calibration& calibration, const DraftLimits& limits, Draft& best, Draft& spare) {
+  for (int tried = 0; tried < max_candidates && matched >= limits.min_match && at != kFrozenRoot;) {
     if (best.score >= limits.enough && matched <= best.match_len) return;
-    if (view.tier.state(at).token != kNoToken) {
+    if (tier.state(at).token != kNoToken) {
       ++tried;
       spare.clear();
-      follow(view, at, matched, calibration, limits, spare);
+      follow(tier, at, matched, calibration, limits, spare);
       if (spare.score > best.score) std::swap(best, spare);
     }
-    at = view.tier.state(at).link;
+    at = tier.state(at).link;
     if (at < 0) return;
-    matched = view.tier.state(at).length;
+    matched = tier.state(at).length;
+  }
+}
+
+// Places that go on with the same text.
+struct Group {
+  std::array<uint32_t, kMaxPlaces> at;
+  int count = 0;
+
+  // Those whose match has at least `length` tokens.
+  static Group of(const Places& places, int length) {
+    Group out;
+    for (int i = 0; i < places.count; ++i)
+      if (places.length[i] >= length) out.at[out.count++] = places.next[i];
+    return out;
+  }
+  int num_with(const Live& tier, int32_t token) const {
+    int found = 0;
+    for (int i = 0; i < count; ++i) found += tier.token(at[i]) == token;
+    return found;
+  }
+  // Leaves the places that bear this token, and steps behind it; the last place is where its text may end.
+  uint32_t pass(const Live& tier, int32_t token) {
+    int kept = 0;
+    uint32_t end = 0;
+    for (int i = 0; i < count; ++i) {
+      if (tier.token(at[i]) != token) continue;
+      end = at[i];
+      if (const uint32_t next = tier.after(end)) at[kept++] = next;
+    }
+    count = kept;
+    return end;
+  }
+};
+
+// Follows what most places of the group go on with; ties go to the latest. Where all their texts have ended, the longest
+// match of the end takes over.
+inline void follow(const LiveView& view, Group group, int matched, const Calibration& calibration,
+                   const DraftLimits& limits, Draft& out) {
+  const Live& tier = view.tier;
+  Places places;
+  while (out.count < limits.max_tokens) {
+    int most = 0, lead = 0;
+    for (int i = 0; i < group.count && 2 * most <= group.count; ++i) {
+      const int found = group.num_with(tier, tier.token(group.at[i]));
+      if (found > most) {
+        most = found;
+        lead = i;
+      }
+    }
+    const int32_t token = tier.token(group.at[lead]);
+    const float votes = static_cast<float>(most);
+    if (!out.add(token, votes / (static_cast<float>(group.count) + limits.escape), matched,
+                 view.source(group.at[lead]), 0, calibration, limits))
+      return;
+    ++matched;
+    const uint32_t end = group.pass(tier, token);
+    if (group.count) continue;
+    tier.find(end, limits.min_resume, places);
+    if (!(matched = places.longest_below(kMaxMatch + 1))) return;
+    group = Group::of(places, matched);
+  }
+}
+
+// As from the frozen tier: the best of `best` and the drafts from the longest matches.
+inline void draft_from(const LiveView& view, int max_candidates, const Calibration& calibration,
+                       const DraftLimits& limits, Draft& best, Draft& spare) {
+  Places places;
+  view.tier.find(view.own_end, limits.min_match, places);
+  int matched = kMaxMatch + 1;
+  for (int tried = 0; tried < max_candidates && (matched = places.longest_below(matched)); ++tried) {
+    if (best.score >= limits.enough && matched <= best.match_len) return;
+    spare.clear();
+    follow(view, Group::of(places, matched), matched, calibration, limits, spare);
+    if (spare.score > best.score) std::swap(best, spare);
   }
 }
 

@@ -8,7 +8,7 @@ namespace slipstream {
 class FrozenBuilder {
  public:
   static std::shared_ptr<const Frozen> build(const Corpus& corpus, const std::shared_ptr<IndexMemory>& memory) {
-    SuffixAutomaton automaton(memory, false);
+    SuffixAutomaton automaton(memory);
     insert(automaton, corpus);
     return FrozenBuilder(automaton).freeze(corpus);
   }
@@ -16,7 +16,7 @@ class FrozenBuilder {
   // CPU seconds of this thread for inserting and for freezing: what the benchmark reports.
   static std::array<double, 2> seconds(const Corpus& corpus, const std::shared_ptr<IndexMemory>& memory) {
     const double start = thread_seconds();
-    SuffixAutomaton automaton(memory, false);
+    SuffixAutomaton automaton(memory);
     insert(automaton, corpus);
     const double inserted = thread_seconds();
     FrozenBuilder(automaton).freeze(corpus);

@@ -13,12 +13,25 @@
 #include <vector>
 
 #include "block.h"
-#include "suffix_live.h"
+#include "suffix_automaton.h"
 
 namespace slipstream {
 
 constexpr uint32_t kLinearScan = 8;
 constexpr int32_t kFrozenRoot = 0;
+
+struct Child {
+  int32_t token, target;
+  float weight;
+  int32_t mark;
+};
+
+// Heavier first; ties go to what was seen last, then to the smaller token, so that drafts are reproducible.
+inline bool heavier(const Child& a, const Child& b) {
+  if (a.weight != b.weight) return a.weight > b.weight;
+  if (a.mark != b.mark) return a.mark > b.mark;
+  return a.token < b.token;
+}
 
 inline double thread_seconds() {
   timespec now{};
@@ -81,11 +94,12 @@ class Frozen {
     return s.token == token ? s.target : find_other(at, token);
   }
 
-  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens.
+  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens. is_known: the next token
+  // occurs somewhere.
   struct Walk {
     const int32_t *next, *last;
     int32_t at, matched;
-    bool looks_at_others;
+    bool looks_at_others, is_known;
     bool done() const { return next == last; }
   };
 
@@ -107,12 +121,8 @@ class Frozen {
       ++walk.next;
       return;
     }
-    // A token in a new context is looked up at the root in the end, whose table is the largest of all.
-    prefetch(&others_[first_slot(states_[kFrozenRoot], *walk.next)]);
-    if (!s->slots) return move(walk, -1);
-    prefetch(&others_[first_slot(*s, *walk.next)]);
+    look_at_others(walk, *s);
     if (s->link >= 0) prefetch(&states_[s->link]);
-    walk.looks_at_others = true;
   }
 
   // Goes on until the walk needs memory that is not near, and prefetches that: a caller that takes turns between many
@@ -126,16 +136,16 @@ class Frozen {
     const State* s = &states_[walk.at];
     while (s->token == *walk.next) {
       ++walk.matched;
+      walk.is_known = false;
       const int32_t target = s->target;
       const bool near = target == walk.at + 1;
       walk.at = target;
       s = &states_[target];
       if (++walk.next == walk.last || !near) return prefetch(s);
     }
-    if (!s->slots) return move(walk, -1);
     if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
-    walk.looks_at_others = true;
-    prefetch(&others_[first_slot(*s, *walk.next)]);
+    if (walk.is_known && !s->slots) return move(walk, -1);
+    look_at_others(walk, *s);
   }
 
   uint8_t age(int32_t mark) const { return ages_[mark]; }
@@ -164,13 +174,28 @@ class Frozen {
   }
 
  private:
+  // A token that occurs nowhere is looked up at the root before any shorter context is, whose states are seldom near.
+  void look_at_others(Walk& walk, const State& s) const {
+    if (!walk.is_known) prefetch(&others_[first_slot(states_[kFrozenRoot], *walk.next)]);
+    if (s.slots) prefetch(&others_[first_slot(s, *walk.next)]);
+    walk.looks_at_others = true;
+  }
+
   void move(Walk& walk, int32_t target) const {
+    if (target < 0 && !walk.is_known) {
+      walk.is_known = walk.at != kFrozenRoot && find(kFrozenRoot, *walk.next) >= 0;
+      if (!walk.is_known) {
+        walk.at = kFrozenRoot;
+        walk.matched = 0;
+        ++walk.next;
+        return;
+      }
+    }
     if (target >= 0) {
       walk.at = target;
       ++walk.matched;
       ++walk.next;
-    } else if (walk.at == kFrozenRoot) {
-      ++walk.next;
+      walk.is_known = false;
     } else {
       walk.at = states_[walk.at].link;
       walk.matched = -1;  // the length of the state, once it is loaded

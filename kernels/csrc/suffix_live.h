@@ -1,92 +1,241 @@
-// The live tier: the sequences of this step, open for appending in any order.
+// The live tier: the sequences of this step as plain text, open for appending in any order. Plain twin:
+// kernels/live_text.py.
 //
 // Invariants
-// - w(s) is the number of occurrences of s, the ends of unfinished sequences included.
+// - Text never moves. A sequence is a chain of pages; a place is the number of a token's word in the arena. Place 0 is none.
+// - By pair (a token and the one before it) and by token the latest place is known, and from every place the one before it
+//   of the same pair and token, or of others with the same hash: where a context stands is found latest first. kStart
+//   pairs with nothing.
 // - Sequence kPromptSequence is the prompt's own text: it is there from the beginning and does not begin with kStart.
-// - An occurrence is counted in the first kMaxChain states of its suffix chain. Where chains are shorter (all but
-//   strongly repetitive text) counts are exact; otherwise those of the shortest contexts fall behind, never ahead.
 // - Not safe to read while another thread appends.
 #pragma once
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
 #include "suffix_automaton.h"
 
 namespace slipstream {
 
-constexpr int kMaxChain = 32;
 constexpr int32_t kPromptSequence = 0;
+constexpr int kMaxPlaces = 8;  // earlier places that are looked at
+constexpr int kMaxMatch = 32;  // tokens that are compared: calibration does not tell longer matches apart
 
-struct Child {
-  int32_t token, target;
-  float weight;
-  int32_t mark;
+// Places of one context. next: where each goes on; length: tokens before it that match.
+struct Places {
+  std::array<uint32_t, kMaxPlaces> next;
+  std::array<int32_t, kMaxPlaces> length;
+  int count = 0;
+
+  // The longest match below `bound`; 0 where there is none.
+  int longest_below(int bound) const {
+    int longest = 0;
+    for (int i = 0; i < count; ++i)
+      if (length[i] < bound) longest = std::max(longest, length[i]);
+    return longest;
+  }
 };
 
-// Heavier first; ties go to what was seen last, then to the smaller token, so that drafts are reproducible.
-inline bool heavier(const Child& a, const Child& b) {
-  if (a.weight != b.weight) return a.weight > b.weight;
-  if (a.mark != b.mark) return a.mark > b.mark;
-  return a.token < b.token;
-}
-
-// A sequence is its cursor, which the caller keeps.
+// A sequence is its cursor, the place of its last token, which the caller keeps.
 class Live {
  public:
-  Live(std::shared_ptr<IndexMemory> memory, const int32_t* prompt, size_t length) : automaton_(std::move(memory), true) {
-    int32_t cursor = root();
-    for (size_t i = 0; i < length; ++i) append(cursor, prompt[i], kPromptSequence);
+  Live(std::shared_ptr<IndexMemory> memory, const int32_t* prompt, size_t length)
+      : memory_(std::move(memory)),
+        pages_(memory_->pages),
+        words_(reinterpret_cast<uint32_t*>(pages_.at(0))),
+        pairs_(size_t{1} << kFirstLog2, 0),
+        singles_(size_t{1} << kSinglesLog2, 0) {
+    if (!length) return;
+    uint32_t cursor = first_place(kPromptSequence);
+    link(cursor, kNoToken, prompt[0]);
+    num_tokens_ = 1;
+    for (size_t i = 1; i < length; ++i) append(cursor, prompt[i]);
   }
 
-  int32_t root() const { return automaton_.root(); }
-
   // Opens a sequence; returns its number and sets its cursor.
-  int32_t open(int32_t& cursor) {
-    cursor = automaton_.step(root(), kStart);
-    count(cursor, num_sequences_);
+  int32_t open(uint32_t& cursor) {
+    cursor = first_place(num_sequences_);
+    link(cursor, kNoToken, kStart);
     return num_sequences_++;
   }
 
-  // Appends a token: a step, then counting along the suffix chain of the new cursor.
-  void append(int32_t& cursor, int32_t token, int32_t sequence) {
-    cursor = automaton_.step(cursor, token);
-    count(cursor, sequence);
-    ++num_tokens_;
+  void append(uint32_t& cursor, int32_t token) {
+    const int32_t before = this->token(cursor);
+    if (++cursor % kWords == kEnd) cursor = add_page(cursor / kWords);
+    link(cursor, before, token);
+    if (++num_tokens_ > pairs_.size()) widen();
+  }
+  void prefetch_append(int32_t before, int32_t token) const {
+    prefetch(&pairs_[pair(before, token)]);
+    prefetch(&singles_[single(token)]);
   }
 
-  int32_t find(int32_t at, int32_t token) const {
-    const int32_t* known = automaton_.find(at, token);
-    return known ? *known : -1;
+  int32_t token(uint32_t at) const { return static_cast<int32_t>(words_[at]); }
+  // The places that `find` looks at, latest first and `at` itself among them; 0 is the end.
+  uint32_t latest_pair(uint32_t at) const { return pairs_[pair_of(at)]; }
+  uint32_t latest_single(uint32_t at) const { return singles_[single(token(at))]; }
+  uint32_t earlier_pair(uint32_t at) const { return words_[at + kPair]; }
+  uint32_t earlier_single(uint32_t at) const { return words_[at + kSingle]; }
+  void prefetch_latest(uint32_t at) const {
+    prefetch(&pairs_[pair_of(at)]);
+    prefetch(&singles_[single(token(at))]);
   }
-  const State& state(int32_t at) const { return automaton_.state(at); }
-  bool best(int32_t at, Child& out) const {
-    bool any = false;
-    automaton_.each_edge(at, [&](int32_t token, int32_t target) {
-      const State& to = state(target);
-      const Child child{token, target, to.weight, to.mark};
-      if (!any || heavier(child, out)) out = child;
-      any = true;
-    });
-    return any;
+  int32_t sequence(uint32_t at) const { return page(at).sequence; }
+  void prefetch_end(uint32_t at) const {
+    prefetch(words_ + at);
+    prefetch(words_ + at + kPair);
+    prefetch(words_ + at + kSingle);
   }
+  void prefetch_earlier(uint32_t at, bool single) const {
+    prefetch(words_ + at);
+    prefetch(words_ + at + (single ? kSingle : kPair));
+  }
+
+  // The place after `at` in its sequence, 0 at its end.
+  uint32_t after(uint32_t at) const {
+    const uint32_t next = at + 1;
+    if (next % kWords == kEnd) return page(at).next ? page(at).next * kWords + kFirst : 0;
+    return token(next) == kNoToken ? 0 : next;
+  }
+
+  // The tokens up to `at`, kStart where the sequence has not begun.
+  template <size_t kCount>
+  void copy_last(uint32_t at, std::array<int32_t, kCount>& out) const {
+    if (at % kWords >= kFirst + kCount - 1) {
+      std::memcpy(out.data(), words_ + at - (kCount - 1), sizeof out);
+      return;
+    }
+    for (size_t i = kCount; i-- > 0; at = at ? before(at) : 0) out[i] = at ? token(at) : kStart;
+  }
+
+  // Where the text that ends at `at` stood before and goes on, matches of at least min_match tokens; those of one token
+  // only where there is no longer one.
+  void find(uint32_t at, int min_match, Places& out) const {
+    out.count = 0;
+    const int least = token(at) == kStart ? 1 : std::max(min_match, 2);
+    collect<kPair>(latest_pair(at), at, least, out);
+    if (!out.count && min_match <= 1) collect<kSingle>(latest_single(at), at, 1, out);
+  }
+
+  // Calls visit(token) for everything that followed a context, by reading all of the text: for inspection.
   template <typename Visit>
-  void each_edge(int32_t at, Visit visit) const {
-    automaton_.each_edge(at, visit);
+  void each_follower(const std::vector<int32_t>& context, Visit visit) const {
+    pages_.each_range([&](size_t first, size_t last) {
+      for (size_t number = first; number < last; ++number)
+        for (uint32_t at = static_cast<uint32_t>(number) * kWords + kFirst; at % kWords != kEnd; ++at) {
+          if (token(at) == kNoToken) break;
+          if (ends_with(before(at), context)) visit(token(at));
+        }
+    });
   }
-  void prefetch_edges(int32_t at) const { automaton_.prefetch_edges(at); }
-  void prefetch_search(int32_t at, int32_t token) const { automaton_.prefetch_search(at, token); }
+
   size_t num_tokens() const { return num_tokens_; }
-  size_t bytes() const { return automaton_.bytes(); }
+  size_t bytes() const { return pages_.bytes() + (pairs_.size() + singles_.size()) * sizeof(uint32_t); }
 
  private:
-  void count(int32_t at, int32_t sequence) {
-    for (int i = 0; i < kMaxChain && at != root(); ++i) {
-      State& s = automaton_.state(at);
-      prefetch(&s + 2);  // where the next token's chain mostly comes through
-      s.weight += 1.0f;
-      s.mark = sequence;
-      at = s.link;
+  static constexpr uint32_t kWords = sizeof(LivePage) / 4, kFirst = offsetof(LivePage, token) / 4,
+                            kEnd = kFirst + LivePage::kTokens, kPair = LivePage::kTokens, kSingle = 2 * LivePage::kTokens;
+
+  LivePage& page(uint32_t at) const { return pages_[at / kWords]; }
+
+  uint32_t before(uint32_t at) const {
+    if (at % kWords > kFirst) return at - 1;
+    return page(at).previous ? page(at).previous * kWords + kEnd - 1 : 0;
+  }
+
+  template <uint32_t kEarlier>
+  void collect(uint32_t place, uint32_t at, int least, Places& out) const {
+    const int32_t token = this->token(at);
+    for (int hops = 0; place && hops < kMaxPlaces; hops += place != at, place = words_[place + kEarlier]) {
+      if (this->token(place) != token || place == at) continue;  // others have the same hash
+      const int length = match(place, at);
+      if (length < least) continue;
+      const uint32_t next = after(place);
+      if (!next) continue;
+      out.next[out.count] = next;
+      out.length[out.count++] = length;
     }
   }
 
-  SuffixAutomaton automaton_;
+  // The number of equal tokens up to two places, which are not none. Mostly they lie on one page each.
+  int match(uint32_t a, uint32_t b) const {
+    for (int length = 0;;) {
+      const auto run = static_cast<int>(std::min({a % kWords - kFirst, b % kWords - kFirst, kMaxMatch - length - 1u}));
+      const uint32_t *x = words_ + a, *y = words_ + b;
+      for (int i = 0; i <= run; ++i)
+        if (x[-i] != y[-i]) return length + i;
+      length += run + 1;
+      if (length == kMaxMatch) return length;
+      a = before(a - static_cast<uint32_t>(run));
+      b = before(b - static_cast<uint32_t>(run));
+      if (!a || !b) return length;
+    }
+  }
+
+  bool ends_with(uint32_t at, const std::vector<int32_t>& context) const {
+    for (size_t i = context.size(); i-- > 0; at = before(at))
+      if (!at || token(at) != context[i]) return false;
+    return true;
+  }
+
+  uint32_t pair(int32_t before, int32_t token) const {
+    const uint32_t mixed = static_cast<uint32_t>(before) * 0x9E3779B1u + static_cast<uint32_t>(token);
+    return mixed * 0x85EBCA6Bu >> (32 - log2_);
+  }
+  uint32_t pair_of(uint32_t at) const {
+    const uint32_t previous = before(at);
+    return pair(previous ? token(previous) : kNoToken, token(at));
+  }
+  static uint32_t single(int32_t token) { return static_cast<uint32_t>(token) * 0x9E3779B1u >> (32 - kSinglesLog2); }
+
+  void link(uint32_t at, int32_t before, int32_t token) {
+    uint32_t &of_pair = pairs_[pair(before, token)], &of_single = singles_[single(token)];
+    words_[at] = static_cast<uint32_t>(token);
+    words_[at + kPair] = of_pair;
+    words_[at + kSingle] = of_single;
+    of_pair = of_single = at;
+  }
+
+  uint32_t first_place(int32_t sequence) {
+    const auto number = static_cast<uint32_t>(pages_.extend(1));
+    LivePage& fresh = pages_[number];
+    fresh.sequence = sequence;
+    fresh.next = fresh.previous = 0;
+    std::fill(fresh.token, fresh.token + LivePage::kTokens, kNoToken);
+    return number * kWords + kFirst;
+  }
+  uint32_t add_page(uint32_t previous) {
+    const uint32_t at = first_place(pages_[previous].sequence);
+    pages_[previous].next = at / kWords;
+    page(at).previous = previous;
+    return at;
+  }
+
+  // Doubles the table of pairs: every chain of places falls into two, latest first as before.
+  void widen() {
+    ++log2_;
+    std::vector<uint32_t> wider(size_t{1} << log2_, 0);
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      std::array<uint32_t*, 2> last{&wider[2 * i], &wider[2 * i + 1]};
+      for (uint32_t at = pairs_[i]; at;) {
+        const uint32_t next = words_[at + kPair];
+        uint32_t*& end = last[pair_of(at) & 1];
+        *end = at;
+        end = &words_[at + kPair];
+        at = next;
+      }
+      *last[0] = *last[1] = 0;
+    }
+    pairs_ = std::move(wider);
+  }
+
+  static constexpr uint32_t kFirstLog2 = 12, kSinglesLog2 = 12;
+
+  std::shared_ptr<IndexMemory> memory_;
+  ArenaArray<LivePage> pages_;
+  uint32_t* words_;  // of the arena
+  std::vector<uint32_t> pairs_, singles_;  // the latest places, by hash
+  uint32_t log2_ = kFirstLog2;
   int32_t num_sequences_ = 1;
   size_t num_tokens_ = 0;
 };

@@ -322,13 +322,18 @@ class SuffixIndexSet {
     throw std::invalid_argument("token " + std::to_string(*bad) + " is negative; allowed: 0 or more");
   }
 
-  template <typename Tier>
-  static void collect(const Tier& tier, const std::vector<int32_t>& context,
+  static void collect(const Frozen& tier, const std::vector<int32_t>& context,
                       std::vector<std::pair<int32_t, float>>& out) {
-    int32_t at = tier.root();
+    int32_t at = kFrozenRoot;
     for (const int32_t token : context)
       if ((at = tier.find(at, token)) < 0) return;
     tier.each_edge(at, [&](int32_t token, int32_t target) { out.push_back({token, tier.state(target).weight}); });
+  }
+  static void collect(const Live& tier, const std::vector<int32_t>& context,
+                      std::vector<std::pair<int32_t, float>>& out) {
+    std::unordered_map<int32_t, float> weights;
+    tier.each_follower(context, [&](int32_t token) { weights[token] += 1.0f; });
+    out.assign(weights.begin(), weights.end());
   }
 
   const SetOptions options_;

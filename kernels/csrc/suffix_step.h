@@ -30,16 +30,16 @@ struct DraftRows {
   int16_t* parents;
 };
 
-// cursor: what the request's own text has reached in the live tier; at, matched: its longest match in the frozen one
-// (matched below 0: the length of the state).
+// cursor: where the request's own text, `length` tokens with kStart, ends in the live tier; at, matched: its longest match
+// in the frozen one (matched below 0: the length of the state).
 struct OpenRequest {
   std::shared_ptr<Live> live;
   std::shared_ptr<const Frozen> frozen;
   std::shared_ptr<const SharedText> shared;
-  int32_t sequence = 0, cursor = 0, at = kFrozenRoot, matched = 0;
-  uint32_t prompt = 0;
+  int32_t sequence = 0, at = kFrozenRoot, matched = 0, length = 1;
+  uint32_t cursor = 0, prompt = 0;
+  int32_t last_token = kStart;
   uint64_t last_call = 0;
-  RecentTokens recent;
 };
 
 struct SetOptions {
@@ -61,8 +61,11 @@ class StepWorker {
     for (size_t begin = first; begin < last; begin += kBlockRows) {
       const size_t end = std::min(last, begin + kBlockRows);
       fetch(requests, order, begin, end, out);
+      searches_.clear();
       poor_.clear();
-      for (size_t i = begin; i < end; ++i) draft_own(*requests[order[i]], out, order[i], options, calibration);
+      for (size_t i = begin; i < end; ++i) draft_frozen(*requests[order[i]], out, order[i], options, calibration);
+      fetch_places(requests);
+      for (const Search& search : searches_) draft_live(*requests[search.row], search, out, options, calibration);
       if (!poor_.empty()) draft_shared(requests, out, options, calibration);
     }
   }
@@ -80,13 +83,25 @@ class StepWorker {
   static constexpr size_t kBlockRows = 32;
   static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
+  // A row that drafts from the shared text too.
+  struct Poor {
+    int32_t row;
+    RecentTokens recent;
+  };
+  // A row that drafts from the live tier too, and the place that is being fetched for it.
+  struct Search {
+    int32_t row;
+    uint32_t place;
+    int hops;
+    bool singles, found, done;
+  };
+
   // What the drafts of a block read: states, their links, the path of the heaviest continuation, and where it jumps.
   static void fetch(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
                     size_t end, const DraftRows& out) {
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
       prefetch(&request.frozen->state(request.at));
-      prefetch(&request.live->state(request.cursor));
     }
     for (size_t i = begin; i < end; ++i) {
       OpenRequest& request = *requests[order[i]];
@@ -95,13 +110,45 @@ class StepWorker {
       request.frozen->prefetch_ages();
       request.frozen->prefetch_path(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
       if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
-      prefetch(&request.live->state(request.live->state(request.cursor).link));
     }
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
-      request.live->prefetch_edges(request.live->state(request.cursor).link);
       if (request.at != kFrozenRoot)
         request.frozen->prefetch_jump(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
+    }
+  }
+
+  // The places that the rows' drafts from their live tiers begin with, and whether there are any (Live::find).
+  void fetch_places(const std::vector<OpenRequest*>& requests) {
+    for (const Search& search : searches_) requests[search.row]->live->prefetch_latest(requests[search.row]->cursor);
+    for (bool any = true; any;) {
+      any = false;
+      for (Search& search : searches_)
+        if (!search.done) {
+          any = true;
+          look_once(*requests[search.row], search);
+        }
+    }
+  }
+
+  // Looks at the place that was fetched the last time and fetches the next one: pairs, and where there is none, single
+  // tokens.
+  static void look_once(const OpenRequest& request, Search& search) {
+    const Live& live = *request.live;
+    if (search.place) {
+      search.found |= search.place != request.cursor && live.token(search.place) == request.last_token;
+      search.place = search.singles ? live.earlier_single(search.place) : live.earlier_pair(search.place);
+    } else {
+      search.place = search.singles ? live.latest_single(request.cursor) : live.latest_pair(request.cursor);
+    }
+    if (search.place && ++search.hops <= kMaxPlaces + 1) {
+      live.prefetch_earlier(search.place, search.singles);
+    } else if (search.found || search.singles) {
+      search.done = true;
+    } else {
+      search.singles = true;
+      search.hops = 0;
+      search.place = 0;
     }
   }
 
@@ -125,42 +172,74 @@ class StepWorker {
     std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
   }
 
-  void draft_own(const OpenRequest& request, const DraftRows& out, int32_t row, const SetOptions& options,
-                 const Calibration& calibration) {
-    const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
+  static DraftLimits limits_of(const OpenRequest& request, const DraftRows& out, int32_t row,
+                               const SetOptions& options) {
+    // kStart counts as context: a response that has matched from its first token on needs no minimum.
+    return {static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width)),
+            std::min<int>(options.min_match, request.length),
+            options.min_match,
+            out.min_prob[row],
+            options.escape,
+            options.enough};
+  }
+
+  void draft_frozen(const OpenRequest& request, const DraftRows& out, int32_t row, const SetOptions& options,
+                    const Calibration& calibration) {
+    const DraftLimits limits = limits_of(request, out, row, options);
     Draft best = scratch(), spare = row_of(out, row);  // mostly the first draft is the one that stays
-    if (limit > 0) {
-      const int32_t length = request.live->state(request.cursor).length;
-      // kStart counts as context: a response that has matched from its first token on needs no minimum.
-      const DraftLimits limits{limit, std::min<int>(options.min_match, length), options.min_match, out.min_prob[row],
-                               options.escape, options.enough};
-      const LiveView live{*request.live, request.sequence, request.cursor};
-      const FrozenView frozen{*request.frozen};
+    if (limits.max_tokens > 0) {
       if (out.branching[row] > 1) {
-        if (draft_tree(request, live, frozen, out, row, options, calibration, limits) < options.shared_below)
+        if (draft_tree(request, out, row, options, calibration, limits) < options.shared_below)
           ask_shared(request, row);
         return;
       }
-      draft_from(frozen, request.at, request.matched, options.max_candidates, calibration, limits, best, spare);
-      draft_from(live, request.cursor, length, options.max_candidates, calibration, limits, best, spare);
-      if (best.score < options.shared_below) ask_shared(request, row);
+      draft_from(*request.frozen, request.at, request.matched, options.max_candidates, calibration, limits, best, spare);
+      if (best.score < options.enough) {
+        request.live->prefetch_end(request.cursor);
+        searches_.push_back({row, 0, 0, false, false, false});
+      }
     }
     store(best, out, row);
   }
 
+  // What the row holds so far.
+  static Draft draft_in(const DraftRows& out, int32_t row) {
+    Draft draft = row_of(out, row);
+    draft.count = out.count[row];
+    draft.match_len = out.match_len[row];
+    draft.source = static_cast<Source>(out.source[row]);
+    for (int i = 0; i < draft.count; ++i) draft.score += draft.probs[i];
+    return draft;
+  }
+
+  void draft_live(const OpenRequest& request, const Search& search, const DraftRows& out, const SetOptions& options,
+                  const Calibration& calibration) {
+    const int32_t row = search.row;
+    Draft best = draft_in(out, row), spare = scratch();
+    if (search.found) {
+      const LiveView live{*request.live, request.sequence, request.cursor};
+      const float known = best.score;
+      draft_from(live, options.max_candidates, calibration, limits_of(request, out, row, options), best, spare);
+      if (best.score > known) store(best, out, row);
+    }
+    if (best.score < options.shared_below) ask_shared(request, row);
+  }
+
   void ask_shared(const OpenRequest& request, int32_t row) {
     if (!request.shared) return;
-    poor_.push_back(row);
-    request.shared->prefetch_slots(request.recent);
+    poor_.push_back({row, {}});
+    request.live->copy_last(request.cursor, poor_.back().recent.tokens);
+    request.shared->prefetch_slots(poor_.back().recent);
   }
 
   // The tree's score: the expected number of its tokens that are accepted.
-  float draft_tree(const OpenRequest& request, const LiveView& live, const FrozenView& frozen, const DraftRows& out,
-                  int32_t row, const SetOptions& options, const Calibration& calibration, const DraftLimits& limits) {
+  float draft_tree(const OpenRequest& request, const DraftRows& out, int32_t row, const SetOptions& options,
+                  const Calibration& calibration, const DraftLimits& limits) {
+    const LiveView live{*request.live, request.sequence, request.cursor};
     const int64_t first = row * out.width;
     TreeRow tree{out.tokens + first, out.parents + first, out.probs + first, out.cells + first};
-    tree_drafter_.draft(live, request.cursor, frozen, request.at, request.matched, options.max_candidates,
-                        out.branching[row], calibration, limits, tree);
+    tree_drafter_.draft(live, *request.frozen, request.at, request.matched, options.max_candidates, out.branching[row],
+                        calibration, limits, tree);
     out.count[row] = tree.count;
     out.match_len[row] = tree.match_len;
     out.source[row] = tree.source;
@@ -170,15 +249,12 @@ class StepWorker {
 
   void draft_shared(const std::vector<OpenRequest*>& requests, const DraftRows& out, const SetOptions& options,
                     const Calibration& calibration) {
-    for (const int32_t row : poor_) requests[row]->shared->prefetch_text(requests[row]->recent);
-    for (const int32_t row : poor_) {
-      const int limit = static_cast<int>(std::min<int64_t>(out.max_draft[row], out.width));
-      const DraftLimits limits{limit, options.min_match, options.min_match, out.min_prob[row], options.escape,
-                               options.enough};
-      Draft best = row_of(out, row), spare = scratch();
-      best.count = out.count[row];
-      for (int i = 0; i < best.count; ++i) best.score += best.probs[i];
-      if (requests[row]->shared->draft(requests[row]->recent, calibration, limits, best, spare)) store(best, out, row);
+    for (const auto& [row, recent] : poor_) requests[row]->shared->prefetch_text(recent);
+    for (const auto& [row, recent] : poor_) {
+      DraftLimits limits = limits_of(*requests[row], out, row, options);
+      limits.min_match = options.min_match;
+      Draft best = draft_in(out, row), spare = scratch();
+      if (requests[row]->shared->draft(recent, calibration, limits, best, spare)) store(best, out, row);
     }
   }
 
@@ -199,7 +275,7 @@ class StepWorker {
         const int32_t row = order[next];
         OpenRequest& request = *requests[row];
         Turn& turn = turns_[active];
-        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false}, &request};
+        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false, false}, &request};
         request.frozen->follow_path(turn.walk);
         if (turn.walk.done()) turn.leave();
         else ++active;
@@ -217,58 +293,28 @@ class StepWorker {
     }
   }
 
-  // Fetches the states along which the live tier knows the tokens already, and those of the next shorter contexts: where
-  // appending will count and clone. All live tiers lie in one arena, so that any of them reads the states of all.
-  void fetch_known(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin, size_t end,
-                   const int32_t* values, const int64_t* offsets) {
-    const Live& live = *requests[order[begin]]->live;
-    size_t active = 0;
-    for (size_t i = begin; i < end; ++i) {
-      const int32_t row = order[i];
-      ahead_[active] = {values + offsets[row], values + offsets[row + 1], live.state(requests[row]->cursor).link};
-      active += offsets[row] != offsets[row + 1];
-    }
-    while (active) {
-      size_t kept = 0;
-      for (size_t i = 0; i < active; ++i) {
-        Ahead ahead = ahead_[i];
-        const State& s = live.state(ahead.at);
-        if (s.link >= 0) prefetch(&live.state(s.link));
-        if (ahead.next == ahead.last || s.token != *ahead.next) continue;
-        ++ahead.next;
-        ahead.at = s.target;
-        prefetch(&live.state(ahead.at));
-        ahead_[kept++] = ahead;
-      }
-      active = kept;
-    }
-  }
-
   // The live tiers' part of `extend`.
   void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin, size_t end,
                    const int32_t* values, const int64_t* offsets) {
-    for (size_t i = begin; i < end; ++i) prefetch(&requests[order[i]]->live->state(requests[order[i]]->cursor));
-    for (size_t i = begin; i < end; ++i) {
-      const OpenRequest& request = *requests[order[i]];
-      prefetch(&request.live->state(request.live->state(request.cursor).link));
-    }
     for (size_t i = begin; i < end; ++i) {
       const int32_t row = order[i];
       const OpenRequest& request = *requests[row];
-      request.live->prefetch_edges(request.live->state(request.cursor).link);
-      // A token in a new context is looked up at the root, whose table is the largest of all.
-      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j)
-        request.live->prefetch_search(request.live->root(), values[j]);
+      request.live->prefetch_end(request.cursor);
+      int32_t before = request.last_token;
+      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j) {
+        request.live->prefetch_append(before, values[j]);
+        before = values[j];
+      }
     }
-    fetch_known(requests, order, begin, end, values, offsets);
     for (size_t i = begin; i < end; ++i) {
       const int32_t row = order[i];
       OpenRequest& request = *requests[row];
       Live& live = *request.live;
-      int32_t cursor = request.cursor;
-      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j) live.append(cursor, values[j], request.sequence);
+      uint32_t cursor = request.cursor;
+      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j) live.append(cursor, values[j]);
       request.cursor = cursor;
-      request.recent.append(values + offsets[row], values + offsets[row + 1]);
+      request.length += static_cast<int32_t>(offsets[row + 1] - offsets[row]);
+      if (offsets[row] != offsets[row + 1]) request.last_token = values[offsets[row + 1] - 1];
     }
   }
 
@@ -280,14 +326,10 @@ class StepWorker {
       request->matched = walk.matched;
     }
   };
-  struct Ahead {
-    const int32_t *next, *last;
-    int32_t at;
-  };
   std::array<Turn, kBlockRows> turns_;
-  std::array<Ahead, kBlockRows> ahead_;
   TreeDrafter tree_drafter_;
-  std::vector<int32_t> poor_;
+  std::vector<Search> searches_;
+  std::vector<Poor> poor_;
   std::vector<int32_t> scratch_tokens_;
   std::vector<float> scratch_probs_;
   std::vector<int16_t> scratch_cells_, chain_;  // chain_: the parents of a chain

@@ -14,9 +14,8 @@ from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.suffix_native import NativeSuffixIndexes
 from slipstream.kernels import _native  # type: ignore[attr-defined]
+from slipstream.kernels.live_text import MAX_PLACES, PROMPT_SEQUENCE, START, LiveText
 
-START = -1
-MAX_CHAIN = 32  # kMaxChain in kernels/csrc/suffix_live.h
 ESCAPE = 0.5
 
 Sequences = list[list[int]]
@@ -105,7 +104,7 @@ TEXTS = {
     "fibonacci": fibonacci_word(60),
     "distinct": list(range(60)),
 }
-events = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=MAX_CHAIN - 2)
+events = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30)
 histories = st.lists(st.lists(st.integers(0, 3), max_size=14), min_size=1, max_size=4)
 
 
@@ -144,60 +143,114 @@ def test_interleaved_live_counts_equal_brute_force(pairs: list[tuple[int, int]])
         assert got == followers(sequences, [1.0] * 3, list(context))
 
 
+@settings(max_examples=200, deadline=None)
+@given(events, st.lists(st.integers(0, 3), max_size=6), st.integers(1, 3), st.integers(1, 3))
+def test_live_drafts_equal_the_plain_tier(
+    pairs: list[tuple[int, int]], prompt: list[int], min_match: int, max_candidates: int
+) -> None:
+    """Every token, probability, match length and source, after every token."""
+    check_live(prompt, [(which, [token]) for which, token in pairs], min_match, max_candidates)
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_live_counts_never_run_ahead(text: list[int]) -> None:
-    """Beyond MAX_CHAIN suffixes the shortest contexts fall behind; whatever is counted did occur."""
+def test_live_drafts_equal_the_plain_tier_on_hard_text(text: list[int]) -> None:
+    """Three copies, at different paces, over several pages."""
+    long = text * 4
+    parts = [(i % 3, long[first : first + 7]) for first in range(0, len(long), 7) for i in range(3)]
+    check_live([], [part for i, part in enumerate(parts) if i % 5], 1, 2)
+
+
+def check_live(prompt: list[int], parts: list[tuple[int, list[int]]], min_match: int, max_candidates: int) -> None:
+    index = _native.SuffixIndexSet(min_match=min_match, max_candidates=max_candidates, escape=ESCAPE)
+    plain = LiveText(prompt)
+    sequences = []
+    for uid in range(3):
+        begin(index, uid, "p", tuple(prompt))
+        sequences.append(plain.open())
+    for which, tokens in parts:
+        extend(index, [which], [tokens])
+        for token in tokens:
+            plain.append(sequences[which], token)
+        drafts = Drafts(index, [0, 1, 2], limit=9)
+        for row in range(3):
+            expected = plain.draft(sequences[row], 9, min_match, max_candidates, ESCAPE)
+            assert drafts.tokens[row] == expected.tokens
+            assert drafts.probs[row] == pytest.approx(expected.path_probs, rel=1e-5)
+            if expected.tokens:
+                assert drafts.match_len[row] == expected.match_len
+                own, from_prompt = sequences[row], PROMPT_SEQUENCE
+                source = {own: "self", from_prompt: "prompt"}.get(expected.sequence, "sibling")
+                assert drafts.source[row] == source
+
+
+def test_the_longest_match_is_found_among_the_latest_places() -> None:
+    """Newer places of the same pair do not hide a longer match, as long as they are few."""
+    index = _native.SuffixIndexSet(max_candidates=1)
+    for uid in range(10):
+        begin(index, uid, "p")
+    extend(index, [0], [[1, 2, 3, 4, 5, 6]])
+    for uid in range(1, 1 + MAX_PLACES - 2):
+        extend(index, [uid], [[10 + uid, 3, 4, 7, 8]])
+    extend(index, [9], [[1, 2, 3, 4]])
+    drafts = Drafts(index, [9], limit=1)
+    assert (drafts.tokens, drafts.match_len) == ([[5]], [5])
+    for uid in (7, 8):
+        extend(index, [uid], [[10 + uid, 3, 4, 7, 8]])
+    assert Drafts(index, [9], limit=1).tokens == [[7]]
+
+
+def test_text_is_found_again_after_the_table_has_grown() -> None:
     index = _native.SuffixIndexSet()
-    begin(index, 1, "p")
-    extend(index, [1], [text])
-    sequences = [[START, *text]]
-    for context in contexts(sequences):
-        got = dict(index.follow_weights("p", list(context), True))
-        exact = followers(sequences, [1.0], list(context))
-        assert got.keys() == exact.keys()
-        assert all(0 <= got[token] <= exact[token] for token in got)
+    rng = np.random.default_rng(5)
+    texts = [rng.integers(0, 30_000, 5_000).tolist() for _ in range(3)]
+    for uid, text in enumerate(texts):
+        begin(index, uid, "p")
+        extend(index, [uid], [text])
+    begin(index, 9, "p")
+    for text in texts:
+        for at in range(0, 4_900, 350):
+            extend(index, [9], [text[at : at + 4]])
+            assert Drafts(index, [9], limit=4).tokens == [text[at + 4 : at + 8]]
 
 
 @settings(max_examples=120, deadline=None)
-@given(histories, events)
-def test_cursors_find_the_longest_match_across_clones(history: Sequences, pairs: list[tuple[int, int]]) -> None:
-    """With one candidate a tier, a draft continues the longest context that was ever continued, by its heaviest
-    follower, at w(sc) / (w(s) + escape)."""
+@given(histories, st.lists(st.integers(0, 3), min_size=1, max_size=30))
+def test_cursors_find_the_longest_match_across_clones(history: Sequences, text: list[int]) -> None:
+    """With one candidate, a draft from the history continues the longest context that was ever continued, by its
+    heaviest follower, at w(sc) / (w(s) + escape)."""
     index = _native.SuffixIndexSet(min_match=1, max_candidates=1, escape=ESCAPE)
     publish(index, "p", history, [1.0] * len(history))
+    begin(index, 0, "p")
     frozen = [[START, *tokens] for tokens in history]
-    live: Sequences = [[START] for _ in range(3)]
-    for uid in range(3):
-        begin(index, uid, "p")
-    for which, token in pairs:
-        extend(index, [which], [[token]])
-        live[which].append(token)
-        drafts = Drafts(index, [0, 1, 2], limit=1)
-        for row in range(3):
-            check_draft(drafts, row, frozen, live)
+    own = [START]
+    for token in text:
+        extend(index, [0], [[token]])
+        own.append(token)
+        check_draft(Drafts(index, [0], limit=1), frozen, own)
 
 
-def check_draft(drafts: Drafts, row: int, frozen: Sequences, live: Sequences) -> None:
-    best: dict[str, tuple[float, int, set[int]]] = {}
-    for name, tier, own in (("history", frozen, 0.0), ("live", live, 1.0)):
-        weights = [1.0] * len(tier)
-        text = live[row]
-        for n in range(len(text), 0, -1):
-            found = followers(tier, weights, text[len(text) - n :])
-            if found:
-                top = max(found.values())
-                total = max(occurrences(tier, weights, text[len(text) - n :]) - own, top)
-                best[name] = (top / (total + ESCAPE), n, {token for token in found if found[token] == top})
-                break
-    if not best:
-        assert drafts.tokens[row] == []
+def check_draft(drafts: Drafts, frozen: Sequences, text: list[int]) -> None:
+    plain = LiveText([])
+    sequence = plain.open()
+    for token in text[1:]:
+        plain.append(sequence, token)
+    live = plain.draft(sequence, 1, 1, 1, ESCAPE)
+    weights = [1.0] * len(frozen)
+    expected = (live.path_probs[0] if live.tokens else 0.0, live.match_len, set(live.tokens))
+    for n in range(len(text), 0, -1):
+        found = followers(frozen, weights, text[len(text) - n :])
+        if found:
+            top = max(found.values())
+            prob = top / (max(occurrences(frozen, weights, text[len(text) - n :]), top) + ESCAPE)
+            if prob >= expected[0]:
+                expected = prob, n, {token for token in found if found[token] == top}
+            break
+    if not expected[2]:
+        assert drafts.tokens == [[]]
         return
-    name = max(sorted(best), key=lambda tier: best[tier][0])
-    prob, match_len, tokens = best[name]
-    assert drafts.probs[row][0] == pytest.approx(prob)
-    assert (drafts.source[row] == "history") == (name == "history")
-    assert drafts.match_len[row] == match_len
-    assert drafts.tokens[row][0] in tokens
+    assert drafts.probs[0][0] == pytest.approx(expected[0])
+    assert drafts.match_len[0] == expected[1]
+    assert drafts.tokens[0][0] in expected[2]
 
 
 def test_one_symbol_of_150k_stays_linear() -> None:
@@ -210,7 +263,7 @@ def test_one_symbol_of_150k_stays_linear() -> None:
     assert Drafts(index, [1], limit=8).tokens == [[5] * 8]
     stats = index.stats()
     assert (stats["frozen_tokens"], stats["live_tokens"]) == (count, count)
-    # Runs of the symbol exist with and without the start before them: two states of 32 bytes a token, and slack.
+    # Runs of the symbol exist with and without the start before them: two states of 32 bytes a token of history.
     assert stats["frozen_bytes"] + stats["live_bytes"] < 80 * 2 * count
 
 
@@ -253,12 +306,14 @@ def test_drafts_depend_on_neither_the_row_nor_the_rest_of_the_batch() -> None:
             begin(index, uid, f"{'p' if uid else 'q'}")
     for at in range(50):
         extend(indexes[0], list(range(6)), [[text[at]] for text in texts])
-        for uid in reversed(range(6)):
+        for uid in range(6):
             extend(indexes[1], [uid], [[texts[uid][at]]])
         together = Drafts(indexes[0], list(range(6)), limit=6)
+        turned = Drafts(indexes[1], list(reversed(range(6))), limit=6)
         for uid in range(6):
             alone = Drafts(indexes[1], [uid], limit=6)
-            assert alone.probs[0] == together.probs[uid]
+            assert alone.tokens[0] == together.tokens[uid] == turned.tokens[5 - uid]
+            assert alone.probs[0] == together.probs[uid] == turned.probs[5 - uid]
             assert alone.match_len[0] == together.match_len[uid]
 
 
