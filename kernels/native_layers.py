@@ -1,4 +1,5 @@
-"""RMS norms and gated SiLU layers of a model in one native call each. Twins: reference.rms_norm, reference.silu_mul.
+"""RMS norms and gated SiLU layers of a model in one native call each. Twins: reference.rms_norm, reference.silu_mul;
+a gated layer takes its two products along where they are packed.
 
 Invariants
 - A layer is taken over only if it is recognised (see recognise.py).
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slipstream.kernels.packed_linear import PackedLinear
 from slipstream.kernels.recognise import is_silu_gate, norm_formula, unreplaced
 
 
@@ -50,10 +52,22 @@ class NativeGate:
         """x: [..., hidden]."""
         if torch.is_grad_enabled() or x.dtype != torch.float32:
             return self._plain(x)
+        both = self._gate.forward, self._up.forward
+        if isinstance(both[0], PackedLinear) and isinstance(both[1], PackedLinear):
+            down: torch.Tensor = self._down(self._gated(x.contiguous(), both[0], both[1]))
+            return down
         gate, up = self._gate(x).contiguous(), self._up(x).contiguous()
         self._native.silu_mul(gate.data_ptr(), up.data_ptr(), gate.data_ptr(), gate.numel(), self._context)
-        down: torch.Tensor = self._down(gate)
+        down = self._down(gate)
         return down
+
+    def _gated(self, x: torch.Tensor, gate: PackedLinear, up: PackedLinear) -> torch.Tensor:
+        layers = gate.packed(), up.packed()
+        width = self._gate.out_features
+        out, scratch = x.new_empty((*x.shape[:-1], width)), x.new_empty((*x.shape[:-1], width))
+        places = x.data_ptr(), x.numel() // x.shape[-1], scratch.data_ptr(), out.data_ptr()
+        self._native.gated_linear(*layers, *places, self._context)
+        return out
 
 
 def adopt_layers(model: nn.Module, native: Any, context: Any) -> list[nn.Module]:

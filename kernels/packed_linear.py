@@ -38,16 +38,21 @@ class PackedLinear:
         self._packed.pack(as_numpy(self.weight.detach().contiguous()), bias)
         self._seen = seen
 
+    def packed(self) -> Any:
+        """The native layer with the weights as they are now."""
+        seen = self.weight._version, 0 if self.bias is None else self.bias._version
+        if seen != self._seen:
+            self._pack(seen)
+        return self._packed
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., k] of the layer's dtype; [..., n]."""
         if torch.is_grad_enabled() or x.dtype != self._dtype:
             return functional.linear(x, self.weight, self.bias)
-        seen = self.weight._version, 0 if self.bias is None else self.bias._version
-        if seen != self._seen:
-            self._pack(seen)
+        packed = self.packed()
         x = x.contiguous()
         out = torch.empty((*x.shape[:-1], self._n), dtype=self._dtype)
-        self._packed.forward(x.data_ptr(), x.numel() // self._k, out.data_ptr(), self._context)
+        packed.forward(x.data_ptr(), x.numel() // self._k, out.data_ptr(), self._context)
         return out
 
 

@@ -140,6 +140,18 @@ static void bind_sample_verify(py::module_& m, const char* name) {
      py::arg("parents") = py::none(), py::arg("path").noconvert() = py::none());
 }
 
+static void bind_gate(py::module_& m) {
+  // Addresses, as for linear layers.
+  m.def("gated_linear", [](const PackedLinear<float>& gate, const PackedLinear<float>& up, uintptr_t x, int64_t rows,
+                           uintptr_t scratch, uintptr_t out, Context& context) {
+    require(gate.n() == up.n() && gate.k() == up.k(), "gate and up must have one size");
+    py::gil_scoped_release release;
+    gated_linear(context.isa, &context.threads, gate, up, reinterpret_cast<const float*>(x), rows,
+                 reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(out));
+  }, py::arg("gate"), py::arg("up"), py::arg("x"), py::arg("rows"), py::arg("scratch"), py::arg("out"),
+     py::arg("context"));
+}
+
 template <typename Stored, typename T>
 static void bind_linear(py::module_& m, const char* name) {
   using Layer = PackedLinear<T>;
@@ -214,6 +226,7 @@ PYBIND11_MODULE(_native, m) {
   bind_layers(m);
   bind_linear<float, float>(m, "PackedLinear");
   bind_linear<int16_t, Bf16>(m, "PackedLinearBf16");
+  bind_gate(m);
   bind_sampler(m);
   bind_suffix_index(m);
   bind_checksum(m);

@@ -35,14 +35,18 @@ inline void rms_norm(Isa isa, StepThreads* threads, const NormArgs& a) {
   });
 }
 
+// Elements begin .. end - 1.
+inline void silu_mul(Isa isa, const float* gate, const float* up, float* out, int64_t begin, int64_t end) {
+#ifdef SLIPSTREAM_X86
+  if (isa == Isa::kAvx512) return avx512::silu_mul(gate, up, out, begin, end);
+  if (isa == Isa::kAvx2) return avx2::silu_mul(gate, up, out, begin, end);
+#endif
+  plain::silu_mul(gate, up, out, begin, end);
+}
+
 inline void silu_mul(Isa isa, StepThreads* threads, const float* gate, const float* up, float* out, int64_t size) {
   for_each_task(threads, (size + kTaskFloats - 1) / kTaskFloats, [&](int64_t task) {
-    const int64_t begin = task * kTaskFloats, end = std::min(size, begin + kTaskFloats);
-#ifdef SLIPSTREAM_X86
-    if (isa == Isa::kAvx512) return avx512::silu_mul(gate, up, out, begin, end);
-    if (isa == Isa::kAvx2) return avx2::silu_mul(gate, up, out, begin, end);
-#endif
-    plain::silu_mul(gate, up, out, begin, end);
+    silu_mul(isa, gate, up, out, task * kTaskFloats, std::min(size, (task + 1) * kTaskFloats));
   });
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "layers.h"
 #include "simd.h"
 #include "step_threads.h"
 
@@ -69,15 +70,25 @@ class PackedLinear {
     bias_.assign(bias, bias == nullptr ? nullptr : bias + n_);
   }
 
+  LinearArgs<T> args(const T* x, int64_t rows, T* out) const {
+    return {x, packed_.data(), bias_.empty() ? nullptr : bias_.data(), rows, n_, k_, out};
+  }
+
   void forward(Isa isa, StepThreads* threads, const T* x, int64_t rows, T* out) const {
-    const LinearArgs<T> args{x, packed_.data(), bias_.empty() ? nullptr : bias_.data(), rows, n_, k_, out};
+    const LinearArgs<T> a = args(x, rows, out);
+    for_each_part(threads, 1, rows, [&](const LinearPart& part) { linear_part(isa, a, part); });
+  }
+
+  // task(part) for every part of `layers` layers of this size. Parts of one size, as many for every thread.
+  template <typename Task>
+  void for_each_part(StepThreads* threads, int64_t layers, int64_t rows, const Task& task) const {
     const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n_);
-    const int64_t work = 2 * std::min(rows, kTaskRows) * kPanel * k_ * panels;  // operations of one task of rows
+    const int64_t work = 2 * layers * std::min(rows, kTaskRows) * kPanel * k_ * panels;  // of one task of rows
     const int64_t panel_tasks = task_count(threads, work, 1, panels);
-    for_each_task(threads, row_tasks * panel_tasks, [&](int64_t task) {
-      const int64_t row = task / panel_tasks * kTaskRows, part = task % panel_tasks;
-      linear_part(isa, args, {part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,
-                              std::min(rows, row + kTaskRows)});
+    for_each_task(threads, row_tasks * panel_tasks, [&](int64_t i) {
+      const int64_t row = i / panel_tasks * kTaskRows, part = i % panel_tasks;
+      task(LinearPart{part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,
+                      std::min(rows, row + kTaskRows)});
     });
   }
 
@@ -85,5 +96,19 @@ class PackedLinear {
   int64_t n_, k_;
   std::vector<T> packed_, bias_;
 };
+
+// out = silu(gate(x)) * up(x), [rows, n]: a thread takes the same columns of both and multiplies them while they are near.
+// scratch [rows, n].
+inline void gated_linear(Isa isa, StepThreads* threads, const PackedLinear<float>& gate, const PackedLinear<float>& up,
+                         const float* x, int64_t rows, float* scratch, float* out) {
+  const LinearArgs<float> left = gate.args(x, rows, out), right = up.args(x, rows, scratch);
+  gate.for_each_part(threads, 2, rows, [&](const LinearPart& part) {
+    linear_part(isa, left, part);
+    linear_part(isa, right, part);
+    const int64_t first = part.first_panel * kPanel, last = std::min(part.last_panel * kPanel, gate.n());
+    for (int64_t r = part.begin; r < part.end; ++r)
+      silu_mul(isa, out, scratch, out, r * gate.n() + first, r * gate.n() + last);
+  });
+}
 
 }  // namespace slipstream

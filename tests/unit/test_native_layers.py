@@ -169,6 +169,26 @@ def test_gate_equals_its_twin_in_the_same_bits_everywhere(size: int) -> None:
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_gate_with_its_products_has_the_bits_of_the_parts(bias: bool) -> None:
+    torch.manual_seed(2)
+    gate, up = new_linear(70, 197, bias, torch.float32), new_linear(70, 197, bias, torch.float32)
+    x = 3.0 * torch.randn(110, 70)
+    for context in contexts():
+        parts = [packed(layer, context) for layer in (gate, up)]
+        left, right = (part(x) for part in parts)
+        _native.silu_mul(left.data_ptr(), right.data_ptr(), left.data_ptr(), left.numel(), context)
+        for rows in (1, 4, 13, 110):
+            out, scratch = torch.empty(rows, 197), torch.empty(rows, 197)
+            places = x.data_ptr(), rows, scratch.data_ptr(), out.data_ptr()
+            _native.gated_linear(*(part.packed() for part in parts), *places, context)
+            assert torch.equal(out, left[:rows]), rows
+    other = packed(new_linear(70, 196, bias, torch.float32), contexts()[0])
+    with pytest.raises(ValueError, match="gate and up must have one size"):
+        _native.gated_linear(parts[0].packed(), other.packed(), 0, 0, 0, 0, contexts()[0])
+
+
 def test_only_layers_that_compute_the_same_are_taken_over() -> None:
     model = nn.ModuleList(
         [RmsNorm(8), RmsNorm(8, offset=1.0), nn.LayerNorm(8), Gated(8, 12), Gated(8, 12, scale=0.5), nn.Linear(8, 8)]
@@ -184,6 +204,9 @@ def test_a_model_taken_over_computes_what_it_did() -> None:
     NativeKernels("test", num_threads=2).adopt(model)
     x = torch.randn(2, 5, 24)
     with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+        model[1].up_proj.weight.mul_(3.0)  # the gate looks, too, whether weights have changed
+        plain[1].up_proj.weight.mul_(3.0)
         torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     assert ["forward" in layer.__dict__ for layer in model] == [True, True, False, True]
     assert torch.equal(model(x), plain(x))  # with gradients: torch's own operations
