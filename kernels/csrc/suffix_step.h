@@ -80,7 +80,7 @@ class StepWorker {
   }
 
  private:
-  static constexpr size_t kBlockRows = 32;
+  static constexpr size_t kBlockRows = 64;
   static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
   // A row that drafts from the shared text too.
@@ -140,6 +140,7 @@ class StepWorker {
       search.place = search.singles ? live.earlier_single(search.place) : live.earlier_pair(search.place);
     } else {
       search.place = search.singles ? live.latest_single(request.cursor) : live.latest_pair(request.cursor);
+      search.done = !live.may_be_known(request.cursor);
     }
     if (search.place && ++search.hops <= kMaxPlaces + 1) {
       live.prefetch_earlier(search.place, search.singles);
@@ -267,6 +268,7 @@ class StepWorker {
       const int64_t count = offsets[order[i] + 1] - offsets[order[i]];
       prefetch(&request.frozen->state(request.at));
       request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(count, kPathTokens)));
+      if (count) request.frozen->prefetch_token(values[offsets[order[i] + 1] - 1]);
     };
     size_t next = first, fetched = first, active = 0;
     while (active || next < last) {
