@@ -133,14 +133,11 @@ class Frozen {
     if (s->link >= 0) prefetch(&states_[s->link]);
   }
 
-  // Goes on until the walk needs memory that is not near, and prefetches that: a caller that takes turns between many
-  // walks waits for none of them. Amortised constant time per token.
+  // Both go on until the walk needs memory that is not near, and prefetch that: a caller that takes turns between many
+  // walks waits for none of them. Amortised constant time per token. First along the heaviest continuation.
   void advance(Walk& walk) const {
+    if (walk.looks_at_others) return;
     if (walk.matched < 0) walk.matched = states_[walk.at].length;
-    if (walk.looks_at_others) {
-      walk.looks_at_others = false;
-      return move(walk, find_other(walk.at, *walk.next));
-    }
     const State* s = &states_[walk.at];
     while (s->token == *walk.next) {
       ++walk.matched;
@@ -154,6 +151,12 @@ class Frozen {
     if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
     if (walk.is_known && !s->slots) return move(walk, -1);
     look_at_others(walk, *s);
+  }
+  // Then where the token leaves it.
+  void branch_off(Walk& walk) const {
+    if (!walk.looks_at_others) return;
+    walk.looks_at_others = false;
+    move(walk, find_other(walk.at, *walk.next));
   }
 
   uint8_t age(int32_t mark) const { return ages_[mark]; }

@@ -282,9 +282,11 @@ class StepWorker {
         if (turn.walk.done()) turn.leave();
         else ++active;
       }
+      // All walks do the same at a time, which a processor predicts better than what each of them does next.
+      for (size_t i = 0; i < active; ++i) turns_[i].request->frozen->advance(turns_[i].walk);
       for (size_t i = 0; i < active;) {
         Turn& turn = turns_[i];
-        turn.request->frozen->advance(turn.walk);
+        turn.request->frozen->branch_off(turn.walk);
         if (turn.walk.done()) {
           turn.leave();
           turn = turns_[--active];
