@@ -104,7 +104,8 @@ class Frozen {
   };
 
   // A walk's beginning: passes the tokens along the states that `prefetch_path` fetched (mostly those of the draft that was
-  // accepted), then prefetches what `advance` needs.
+  // accepted), then prefetches what `advance` needs. Mostly only the last token was not expected, which `prefetch_token`
+  // has fetched.
   void follow_path(Walk& walk) const {
     const State* s = &states_[walk.at];
     while (!walk.done() && s->token == *walk.next && s->target == walk.at + 1) {
@@ -121,18 +122,22 @@ class Frozen {
       ++walk.next;
       return;
     }
+    if (walk.next + 1 == walk.last) {
+      const int32_t known = find(kFrozenRoot, *walk.next);
+      if (known < 0) return forget(walk);
+      if (walk.at == kFrozenRoot) return move(walk, known);
+      walk.is_known = true;
+      if (!s->slots) return move(walk, -1);
+    }
     look_at_others(walk, *s);
     if (s->link >= 0) prefetch(&states_[s->link]);
   }
 
-  // Goes on until the walk needs memory that is not near, and prefetches that: a caller that takes turns between many
-  // walks waits for none of them. Amortised constant time per token.
+  // Both go on until the walk needs memory that is not near, and prefetch that: a caller that takes turns between many
+  // walks waits for none of them. Amortised constant time per token. First along the heaviest continuation.
   void advance(Walk& walk) const {
+    if (walk.looks_at_others) return;
     if (walk.matched < 0) walk.matched = states_[walk.at].length;
-    if (walk.looks_at_others) {
-      walk.looks_at_others = false;
-      return move(walk, find_other(walk.at, *walk.next));
-    }
     const State* s = &states_[walk.at];
     while (s->token == *walk.next) {
       ++walk.matched;
@@ -146,6 +151,12 @@ class Frozen {
     if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
     if (walk.is_known && !s->slots) return move(walk, -1);
     look_at_others(walk, *s);
+  }
+  // Then where the token leaves it.
+  void branch_off(Walk& walk) const {
+    if (!walk.looks_at_others) return;
+    walk.looks_at_others = false;
+    move(walk, find_other(walk.at, *walk.next));
   }
 
   uint8_t age(int32_t mark) const { return ages_[mark]; }
@@ -168,6 +179,8 @@ class Frozen {
     }
   }
   void prefetch_ages() const { prefetch(ages_); }
+  // Fetches where the root knows a token.
+  void prefetch_token(int32_t token) const { prefetch(&others_[first_slot(states_[kFrozenRoot], token)]); }
 
   static uint32_t home_slot(int32_t token, uint32_t slots) {
     return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
@@ -176,20 +189,22 @@ class Frozen {
  private:
   // A token that occurs nowhere is looked up at the root before any shorter context is, whose states are seldom near.
   void look_at_others(Walk& walk, const State& s) const {
-    if (!walk.is_known) prefetch(&others_[first_slot(states_[kFrozenRoot], *walk.next)]);
+    if (!walk.is_known) prefetch_token(*walk.next);
     if (s.slots) prefetch(&others_[first_slot(s, *walk.next)]);
     walk.looks_at_others = true;
+  }
+
+  // Passes a token that occurs nowhere.
+  static void forget(Walk& walk) {
+    walk.at = kFrozenRoot;
+    walk.matched = 0;
+    ++walk.next;
   }
 
   void move(Walk& walk, int32_t target) const {
     if (target < 0 && !walk.is_known) {
       walk.is_known = walk.at != kFrozenRoot && find(kFrozenRoot, *walk.next) >= 0;
-      if (!walk.is_known) {
-        walk.at = kFrozenRoot;
-        walk.matched = 0;
-        ++walk.next;
-        return;
-      }
+      if (!walk.is_known) return forget(walk);
     }
     if (target >= 0) {
       walk.at = target;

@@ -76,15 +76,21 @@ class Live {
   uint32_t latest_single(uint32_t at) const { return singles_[single(token(at))]; }
   uint32_t earlier_pair(uint32_t at) const { return words_[at + kPair]; }
   uint32_t earlier_single(uint32_t at) const { return words_[at + kSingle]; }
+  // False where the last token of a sequence stands nowhere else.
+  bool may_be_known(uint32_t at) const { return latest_single(at) != at || earlier_single(at); }
   void prefetch_latest(uint32_t at) const {
     prefetch(&pairs_[pair_of(at)]);
     prefetch(&singles_[single(token(at))]);
   }
   int32_t sequence(uint32_t at) const { return page(at).sequence; }
+  // What the last tokens of a sequence are read from, and where the next few go. May reach into the next page.
   void prefetch_end(uint32_t at) const {
-    prefetch(words_ + at);
-    prefetch(words_ + at + kPair);
-    prefetch(words_ + at + kSingle);
+    constexpr int kBack = 15, kAhead = 7;
+    prefetch(words_ + at - kBack);
+    for (const uint32_t column : {0u, kPair, kSingle}) {
+      prefetch(words_ + at + column);
+      prefetch(words_ + at + column + kAhead);
+    }
   }
   void prefetch_earlier(uint32_t at, bool single) const {
     prefetch(words_ + at);
@@ -229,7 +235,7 @@ class Live {
     pairs_ = std::move(wider);
   }
 
-  static constexpr uint32_t kFirstLog2 = 12, kSinglesLog2 = 12;
+  static constexpr uint32_t kFirstLog2 = 12, kSinglesLog2 = 13;
 
   std::shared_ptr<IndexMemory> memory_;
   ArenaArray<LivePage> pages_;

@@ -80,7 +80,7 @@ class StepWorker {
   }
 
  private:
-  static constexpr size_t kBlockRows = 32;
+  static constexpr size_t kBlockRows = 64;
   static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
   // A row that drafts from the shared text too.
@@ -140,6 +140,7 @@ class StepWorker {
       search.place = search.singles ? live.earlier_single(search.place) : live.earlier_pair(search.place);
     } else {
       search.place = search.singles ? live.latest_single(request.cursor) : live.latest_pair(request.cursor);
+      search.done = !live.may_be_known(request.cursor);
     }
     if (search.place && ++search.hops <= kMaxPlaces + 1) {
       live.prefetch_earlier(search.place, search.singles);
@@ -267,6 +268,7 @@ class StepWorker {
       const int64_t count = offsets[order[i] + 1] - offsets[order[i]];
       prefetch(&request.frozen->state(request.at));
       request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(count, kPathTokens)));
+      if (count) request.frozen->prefetch_token(values[offsets[order[i] + 1] - 1]);
     };
     size_t next = first, fetched = first, active = 0;
     while (active || next < last) {
@@ -280,9 +282,11 @@ class StepWorker {
         if (turn.walk.done()) turn.leave();
         else ++active;
       }
+      // All walks do the same at a time, which a processor predicts better than what each of them does next.
+      for (size_t i = 0; i < active; ++i) turns_[i].request->frozen->advance(turns_[i].walk);
       for (size_t i = 0; i < active;) {
         Turn& turn = turns_[i];
-        turn.request->frozen->advance(turn.walk);
+        turn.request->frozen->branch_off(turn.walk);
         if (turn.walk.done()) {
           turn.leave();
           turn = turns_[--active];
