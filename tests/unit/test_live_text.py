@@ -73,9 +73,9 @@ def test_the_longest_match_is_found_among_the_latest_places() -> None:
 
 
 def test_text_is_found_again_after_the_table_has_grown() -> None:
-    index = _native.SuffixIndexSet()
+    index = _native.SuffixIndexSet(min_match=3, max_candidates=1)
     rng = np.random.default_rng(5)
-    texts = [rng.integers(0, 30_000, 5_000).tolist() for _ in range(3)]
+    texts = [rng.integers(0, 300, 5_000).tolist() for _ in range(3)]
     for uid, text in enumerate(texts):
         begin(index, uid, "p")
         extend(index, [uid], [text])
