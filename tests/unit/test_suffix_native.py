@@ -10,58 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.drafter.base import SOURCE_NAMES, HistoryRecord
+from slipstream.drafter.base import HistoryRecord
 from slipstream.drafter.history import HistoryLog
 from slipstream.drafter.suffix_native import NativeSuffixIndexes
 from slipstream.kernels import _native  # type: ignore[attr-defined]
-from slipstream.kernels.live_text import MAX_PLACES, PROMPT_SEQUENCE, START, LiveText
+from slipstream.kernels.live_text import START, LiveText
+from tests.suffix_sets import TEXTS, Drafts, Sequences, arrays, begin, extend, publish
 
 ESCAPE = 0.5
-
-Sequences = list[list[int]]
-
-
-def arrays(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.cumsum([0, *map(len, sequences)])
-    return np.array([token for tokens in sequences for token in tokens], np.int32), offsets
-
-
-def publish(index: _native.SuffixIndexSet, prompt: str, sequences: Sequences, weights: list[float]) -> None:
-    values, offsets = arrays(sequences)
-    index.publish(prompt, values, offsets, np.array(weights, np.float32), np.ones(len(weights), np.uint8))
-    index.wait()
-
-
-def begin(index: _native.SuffixIndexSet, uid: int, prompt: str, text: tuple[int, ...] = ()) -> None:
-    index.begin(uid, prompt, np.array(text, np.int32))
-
-
-def extend(index: _native.SuffixIndexSet, uids: list[int], tokens: Sequences) -> None:
-    index.extend(np.array(uids), *arrays(tokens))
-
-
-class Drafts:
-    """One propose call; row i of tokens and probs cut to its count."""
-
-    def __init__(
-        self, index: _native.SuffixIndexSet, uids: list[int], limit: int, min_prob: float = 0.0, branching: int = 1
-    ) -> None:
-        rows = len(uids)
-        tokens, probs = np.full((rows, limit), -7, np.int32), np.zeros((rows, limit), np.float32)
-        cells, parents = np.zeros((rows, limit), np.int16), np.zeros((rows, limit), np.int16)
-        count, source, match_len = np.zeros(rows, np.int32), np.zeros(rows, np.int8), np.zeros(rows, np.int32)
-        limits, min_probs = np.full(rows, limit, np.int32), np.full(rows, min_prob, np.float32)
-        age, widths = np.zeros(rows, np.int32), np.full(rows, branching, np.int32)
-        index.propose(
-            np.array(uids), limits, min_probs, widths, tokens, count, source, age, match_len, probs, cells, parents
-        )
-        self.age = age.tolist()
-        self.parents = [row[:n].tolist() for row, n in zip(parents, count, strict=True)]
-        self.cells = [row[:n].tolist() for row, n in zip(cells, count, strict=True)]
-        self.tokens = [row[:n].tolist() for row, n in zip(tokens, count, strict=True)]
-        self.probs = [row[:n].tolist() for row, n in zip(probs, count, strict=True)]
-        self.source = [SOURCE_NAMES[i] for i in source]
-        self.match_len = match_len.tolist()
 
 
 def occurrences(sequences: Sequences, weights: list[float], context: list[int]) -> float:
@@ -90,20 +46,6 @@ def contexts(sequences: Sequences) -> set[tuple[int, ...]]:
     return found | {(9,), (1, 9)}
 
 
-def fibonacci_word(length: int) -> list[int]:
-    a, b = [0], [0, 1]
-    while len(b) < length:
-        a, b = b, b + a
-    return b[:length]
-
-
-TEXTS = {
-    "unary": [3] * 60,
-    "pair": [0, 1] * 30,
-    "triple": [0, 1, 1] * 20,
-    "fibonacci": fibonacci_word(60),
-    "distinct": list(range(60)),
-}
 events = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=30)
 histories = st.lists(st.lists(st.integers(0, 3), max_size=14), min_size=1, max_size=4)
 
@@ -141,76 +83,6 @@ def test_interleaved_live_counts_equal_brute_force(pairs: list[tuple[int, int]])
     for context in contexts(sequences):
         got = dict(index.follow_weights("p", list(context), True))
         assert got == followers(sequences, [1.0] * 3, list(context))
-
-
-@settings(max_examples=200, deadline=None)
-@given(events, st.lists(st.integers(0, 3), max_size=6), st.integers(1, 3), st.integers(1, 3))
-def test_live_drafts_equal_the_plain_tier(
-    pairs: list[tuple[int, int]], prompt: list[int], min_match: int, max_candidates: int
-) -> None:
-    """Every token, probability, match length and source, after every token."""
-    check_live(prompt, [(which, [token]) for which, token in pairs], min_match, max_candidates)
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_live_drafts_equal_the_plain_tier_on_hard_text(text: list[int]) -> None:
-    """Three copies, at different paces, over several pages."""
-    long = text * 4
-    parts = [(i % 3, long[first : first + 7]) for first in range(0, len(long), 7) for i in range(3)]
-    check_live([], [part for i, part in enumerate(parts) if i % 5], 1, 2)
-
-
-def check_live(prompt: list[int], parts: list[tuple[int, list[int]]], min_match: int, max_candidates: int) -> None:
-    index = _native.SuffixIndexSet(min_match=min_match, max_candidates=max_candidates, escape=ESCAPE)
-    plain = LiveText(prompt)
-    sequences = []
-    for uid in range(3):
-        begin(index, uid, "p", tuple(prompt))
-        sequences.append(plain.open())
-    for which, tokens in parts:
-        extend(index, [which], [tokens])
-        for token in tokens:
-            plain.append(sequences[which], token)
-        drafts = Drafts(index, [0, 1, 2], limit=9)
-        for row in range(3):
-            expected = plain.draft(sequences[row], 9, min_match, max_candidates, ESCAPE)
-            assert drafts.tokens[row] == expected.tokens
-            assert drafts.probs[row] == pytest.approx(expected.path_probs, rel=1e-5)
-            if expected.tokens:
-                assert drafts.match_len[row] == expected.match_len
-                own, from_prompt = sequences[row], PROMPT_SEQUENCE
-                source = {own: "self", from_prompt: "prompt"}.get(expected.sequence, "sibling")
-                assert drafts.source[row] == source
-
-
-def test_the_longest_match_is_found_among_the_latest_places() -> None:
-    """Newer places of the same pair do not hide a longer match, as long as they are few."""
-    index = _native.SuffixIndexSet(max_candidates=1)
-    for uid in range(10):
-        begin(index, uid, "p")
-    extend(index, [0], [[1, 2, 3, 4, 5, 6]])
-    for uid in range(1, 1 + MAX_PLACES - 2):
-        extend(index, [uid], [[10 + uid, 3, 4, 7, 8]])
-    extend(index, [9], [[1, 2, 3, 4]])
-    drafts = Drafts(index, [9], limit=1)
-    assert (drafts.tokens, drafts.match_len) == ([[5]], [5])
-    for uid in (7, 8):
-        extend(index, [uid], [[10 + uid, 3, 4, 7, 8]])
-    assert Drafts(index, [9], limit=1).tokens == [[7]]
-
-
-def test_text_is_found_again_after_the_table_has_grown() -> None:
-    index = _native.SuffixIndexSet()
-    rng = np.random.default_rng(5)
-    texts = [rng.integers(0, 30_000, 5_000).tolist() for _ in range(3)]
-    for uid, text in enumerate(texts):
-        begin(index, uid, "p")
-        extend(index, [uid], [text])
-    begin(index, 9, "p")
-    for text in texts:
-        for at in range(0, 4_900, 350):
-            extend(index, [9], [text[at : at + 4]])
-            assert Drafts(index, [9], limit=4).tokens == [text[at + 4 : at + 8]]
 
 
 @settings(max_examples=120, deadline=None)
