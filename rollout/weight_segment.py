@@ -80,8 +80,6 @@ class Segment:
     def follow(self, turn: int, share: Share, verify: bool, until: float, path: str) -> None:
         """Reads a share of the blocks behind the writer. until: of time.monotonic(); path: where the writer has it.
         WeightError names the block that does not match its checksum, or says why the others did not come."""
-        if not share.of:
-            return
         offsets, stripe = self.layout.offsets, max(1, STRIPE_BYTES // self.layout.block_bytes)
         for i, stream in enumerate(self.streams()):
             stripes = Stripes(int(offsets[i]), stripe, share.nth, share.of)
@@ -124,6 +122,8 @@ class SegmentPayload:
 
     def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
         """Reads a share of the blocks behind the writer."""
+        if not share.of:
+            return
         until, segment = time.monotonic() + timeout_s, self._segment(timeout_s)
         try:
             segment.follow(self.turn, share, verify, until, self.path)
