@@ -101,31 +101,9 @@ class NativeBooks(Books):
 
     def sampling_rows(self, table: SlotTable, slots: np.ndarray) -> SamplingRows:
         """See Books.sampling_rows."""
-        rows = _native.sampling_rows(
-            slots,
-            table.prompt_len,
-            table.length,
-            table.end,
-            table.seed,
-            table.uid,
-            table.temperature,
-            table.top_p,
-            table.top_k,
-            table.num_stops,
-            table.stop_ids,
-        )
-        seed, uid, position, temperature, top_p, top_k, remaining, stop_ids, stop_offsets = rows
-        return SamplingRows(
-            seed=seed,
-            uid=uid,
-            position=position,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            remaining=remaining,
-            stop_ids=stop_ids,
-            stop_offsets=stop_offsets,
-        )
+        request = table.prompt_len, table.length, table.end, table.seed, table.uid
+        filters = table.temperature, table.top_p, table.top_k, table.num_stops, table.stop_ids
+        return SamplingRows(*_native.sampling_rows(slots, *request, *filters))
 
     def draft_limits(self, table: SlotTable, wanted: np.ndarray, most: int) -> tuple[np.ndarray, bool]:
         """See Books.draft_limits."""
