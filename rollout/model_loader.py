@@ -16,16 +16,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_policy(
-    path: str | Path, dtype: str = "float32", device: str = "cpu", random_init_seed: int | None = None
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    random_init_seed: int | None = None,
+    owned: bool = True,
 ) -> PreTrainedModel:
     """A causal LM from a folder or hub id. random_init_seed: take the architecture only, seeded random weights.
 
-    Raises OSError when transformers cannot find or read the model.
+    owned=False leaves parameters that need no conversion where the file is mapped, without memory of their own: for
+    callers that copy what they need and drop the rest at once. Raises OSError when transformers cannot find or read the
+    model.
     """
     if random_init_seed is None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
         # Loaded tensors may be maps of the file: whoever replaces it would kill this process with a bus error.
-        for tensor in itertools.chain(model.parameters(), model.buffers()):
+        for tensor in itertools.chain(model.parameters() if owned else (), model.buffers()):
             tensor.data = tensor.data.clone()
     else:
         torch.manual_seed(random_init_seed)

@@ -150,16 +150,18 @@ class PolicyLearner:
 
     def _load_model(self) -> Any:
         spec = self._spec
-        # A share is moved to the GPU when it is cut: the whole need not fit there.
-        device = self._device if self._mesh is None else "cpu"
-        model = load_policy(spec.model_path, spec.dtype, device, spec.random_init_seed)
+        alone = self._mesh is None
+        # A share is copied, and moved to the GPU, when it is cut: the whole need not fit anywhere.
+        device = self._device if alone else "cpu"
+        model = load_policy(spec.model_path, spec.dtype, device, spec.random_init_seed, owned=alone)
         if spec.learner.packing:
             use_packed_attention(model, "learner.packing")
         else:
             model.set_attn_implementation("sdpa")
         if self._mesh is not None:
             # From the policy's dtype on purpose: learner and rollout workers start from the same weights.
-            shard(model.float() if spec.keeps_masters else model, self._mesh, DTYPES[spec.dtype])
+            masters = torch.float32 if spec.keeps_masters else None
+            shard(model, self._mesh, DTYPES[spec.dtype], masters)
         if spec.learner.packing:
             probe_packing(model, "learner.packing")
             share_out_again(model)

@@ -59,7 +59,7 @@ def learner_files(
 
 def load_learner(folder: Path, model: Any, optimizer: torch.optim.Optimizer, dtype: str, keeps_masters: bool) -> None:
     """Reads what `LearnerFiles.write` wrote; CheckpointError where it does not fit."""
-    saved = load_policy(folder / POLICY, dtype).state_dict()
+    saved = load_policy(folder / POLICY, dtype, owned=False).state_dict()
     params = list(model.parameters())
     tensors = load_tensors(folder / OPTIMIZER)
     masters = {name: tensors.pop(name) for name in list(tensors) if name.startswith(MASTER)}

@@ -10,6 +10,7 @@ Invariants
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import socket
 import struct
@@ -99,20 +100,33 @@ def _interface(host: str) -> str | None:
     return None
 
 
-def shard(model: torch.nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: torch.nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, master_dtype: torch.dtype | None = None
+) -> None:
     """Shares the weights out, block by block; each pass gathers a block just before it is needed.
 
-    The model's own dtype is that of the masters; matrices are multiplied in `compute_dtype`, gradients summed in
-    float32.
+    The masters are `master_dtype`, by default the model's own; matrices are multiplied in `compute_dtype`, gradients
+    summed in float32. Of a model that is mapped from a file never more than this learner's part and one block are
+    copied into memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for block in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in (*blocks, model):
+        _convert(block, master_dtype)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in _sharded_modules(model):
         # FSDP divides by the number of ranks unless it is told 1; gloo knows no scaled sum, hence the second line.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _convert(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Floating-point tensors that are not shared out yet, ties kept; None: as they are."""
+    if dtype is None:
+        return
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point() and not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _sharded_modules(model: torch.nn.Module) -> Iterator[FSDPModule]:

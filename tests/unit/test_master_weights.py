@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.rollout.model_loader import load_policy
 from slipstream.trainer.checkpoint import load_tensors
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
-from slipstream.trainer.sharding import whole
+from slipstream.trainer.sharding import shard, whole
 from tests.learner_weights import weights_of
 from tests.tiny_models import tiny_model
 from tests.unit.test_packed_attention import make_samples
@@ -36,10 +41,60 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that no file is behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.fixture(scope="module")
+def large_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """96 MiB of blocks in bfloat16."""
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=64,
+    )
+    path = tmp_path_factory.mktemp("large")
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return str(path)
+
+
 def make_learner(policy: str, masters: bool, **learner: bool) -> PolicyLearner:
     algo = AlgoConfig(num_steps=50, learning_rate=RATE, max_tokens_per_microbatch=64)
     config = LearnerConfig(master_weights_float32=masters, **learner)
     return PolicyLearner(LearnerSpec(policy, "bfloat16", None, 0.0, 1, 1.0, 20, algo, config))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say")
+def test_one_of_many_learners_never_holds_more_than_its_part_and_a_block(large_policy: str) -> None:
+    dist.init_process_group("fake", rank=1, world_size=8, store=FakeStore())
+    mesh = init_device_mesh("cpu", (8,))
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be taken again unseen
+    peak, done, before = 0, threading.Event(), anonymous_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        model = load_policy(large_policy, "bfloat16", owned=False)
+        shard(model, mesh, torch.bfloat16, torch.float32)
+    finally:
+        done.set()
+        watcher.join(10.0)
+    whole_bytes = sum(4 * param.numel() for param in model.parameters())
+    assert all(param.dtype == torch.float32 for param in model.parameters())
+    # An eighth, a block of sixteen, and what the allocator keeps of freed blocks.
+    assert peak - before < 0.4 * whole_bytes
 
 
 def test_updates_below_the_resolution_add_up(policy: str) -> None:
