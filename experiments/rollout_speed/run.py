@@ -2,8 +2,8 @@
 
 One process, one policy, one set of requests. The engine without drafts samples first and so sets every response's
 length; each arm then produces exactly those lengths. The engine's tokens with drafts, cold (nothing but siblings to
-draft from) and warm (earlier visits of the same prompts in the history), are compared with those without. Arms are
-interleaved; every figure is a median over `--rounds`.
+draft from) and warm (earlier visits of the same prompts in the history, and what they showed of acceptance), are
+compared with those without. Arms are interleaved; every figure is a median over `--rounds`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from slipstream.experiments.workload import Workload, open_prompts, quickstart_w
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import PriceBudget
 from slipstream.rollout.engine import EngineStats
+from slipstream.rollout.learned import observe_records
+from slipstream.rollout.lengths import LengthModel
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Rollout
 from slipstream.trainer.errors import ConfigError
@@ -72,18 +74,30 @@ class Arms:
         longest = max(len(request.prompt) for request in self.requests) + self.args.max_new_tokens
         return TorchEngine(self.model(), max_live_requests=len(self.requests), max_len=longest)
 
-    def set_drafter(self, engine: TorchEngine, history: Sequence[HistoryRecord] | None) -> None:
-        """Gives the engine a drafter that has seen `history` and nothing else; None: no drafter."""
+    def set_drafter(
+        self, engine: TorchEngine, history: Sequence[HistoryRecord] | None, acceptance: AcceptanceModel | None = None
+    ) -> None:
+        """Gives the engine a drafter and a length model that have seen `history` and nothing else; None: no drafter.
+        acceptance: what those visits showed of it."""
         engine.drafter = engine.budget = None
         if history is None:
             return
+        drafter = self.start_drafter(engine, AcceptanceModel() if acceptance is None else acceptance.copy())
+        lengths = LengthModel()
+        for step in sorted({record.step for record in history}):
+            visit = [record for record in history if record.step == step]
+            drafter.publish(step, visit)
+            observe_records(lengths, visit)
+        drafter.wait()
+        engine.pricing.learn_lengths(lengths)
+
+    def start_drafter(self, engine: TorchEngine, acceptance: AcceptanceModel) -> SuffixDrafter:
+        """Gives the engine a drafter without history, and the product's default budget."""
         drafter = SuffixDrafter()
         open_prompts(drafter, self.requests)
-        for step in sorted({record.step for record in history}):
-            drafter.publish(step, [record for record in history if record.step == step])
-        drafter.wait()
         engine.drafter, engine.budget = drafter, PriceBudget(32)
-        engine.learn_acceptance(AcceptanceModel())
+        engine.learn_acceptance(acceptance)
+        return drafter
 
     def model(self) -> PreTrainedModel:
         """A fresh copy of the policy."""
@@ -113,7 +127,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [ranked[i] for i in np.linspace(0, len(ranked) - 1, args.prompts).round().astype(int)]
     arms = Arms(workload, workload.requests(prompts, args.samples, args.max_new_tokens, step=STEP), args)
     engine = arms.make_engine()
-    history = sample_history(arms, engine, prompts)
+    history, acceptance = sample_history(arms, engine, prompts)
     tokens = [rollout.tokens for rollout in arms.time_engine("warm_up", engine)]
     lengths = [len(row) for row in tokens]
     peers = make_peers(arms, lengths)
@@ -121,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         # A drafter learns from what it sees: every round begins with one that has not seen this step.
         for name, past in (("off", None), ("cold", []), ("warm", history)):
-            arms.set_drafter(engine, past)
+            arms.set_drafter(engine, past, acceptance if past else None)
             rollouts = arms.time_engine(name, engine)
             if past is None:
                 continue
@@ -136,16 +150,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report(arms, lengths, compared, different) | memory
 
 
-def sample_history(arms: Arms, engine: TorchEngine, prompts: Sequence[Any]) -> list[HistoryRecord]:
-    """Earlier visits of the same prompts by the same policy."""
+def sample_history(
+    arms: Arms, engine: TorchEngine, prompts: Sequence[Any]
+) -> tuple[list[HistoryRecord], AcceptanceModel]:
+    """Earlier visits of the same prompts by the same policy, drafting as a job does, and what they showed of
+    acceptance. The engine is left without a drafter."""
     args, history = arms.args, []
+    drafter = arms.start_drafter(engine, AcceptanceModel())
     for step in range(1, args.visits + 1):
         engine.submit(arms.workload.requests(prompts, args.samples, args.max_new_tokens, step=step))
-        history += [
+        visit = [
             HistoryRecord(rollout.request.prompt_id, step, rollout.request.uid, rollout.tokens)
             for rollout in engine.drain(timeout_s=3600)
         ]
-    return history
+        drafter.publish(step, visit)
+        drafter.wait()
+        history += visit
+    acceptance = engine.acceptance.copy()
+    arms.set_drafter(engine, None)
+    return history, acceptance
 
 
 def make_peers(arms: Arms, lengths: list[int]) -> dict[str, tuple[int, Callable[[], float]]]:
