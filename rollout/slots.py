@@ -120,12 +120,13 @@ class SlotTable:
     def retire(self, slot: int, finish: FinishReason, error: str = "") -> Rollout:
         """Frees the slot and returns what it holds as a rollout."""
         request = self._request(slot)
-        first, last = int(self.prompt_len[slot]) + len(request.prefill), int(self.length[slot])
+        first, last = self.prompt_len.item(slot) + len(request.prefill), self.length.item(slot)
+        accepted = self.accepted[slot].tolist()
         spec = SpecStats(
-            rounds=int(self.rounds[slot]),
-            drafted=int(self.drafted[slot]),
-            accepted=int(self.accepted[slot].sum()),
-            by_source={name: int(n) for name, n in zip(SOURCE_NAMES, self.accepted[slot], strict=True) if n},
+            rounds=self.rounds.item(slot),
+            drafted=self.drafted.item(slot),
+            accepted=sum(accepted),
+            by_source={name: n for name, n in zip(SOURCE_NAMES, accepted, strict=True) if n},
             draft_seconds=self._spent[0] - self._spent_before[slot][0],
             verify_seconds=self._spent[1] - self._spent_before[slot][1],
         )
