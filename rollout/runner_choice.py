@@ -41,7 +41,7 @@ def make_runner(
     """
     if options.batch_invariant:
         make_invariant(model, kernels, model.dtype)
-    run: Any = compiled(model, cache) if options.compile else model
+    run: Any = compiled(model, cache, kernels) if options.compile else model
     if not kernels.on_device:
         said = f"packed steps, no CUDA graphs: {kernels.name} kernels sample on the host"
         return PackedRunner(run, cache, kernels), said
@@ -69,11 +69,19 @@ def make_runner(
     return runner, reason
 
 
-def compiled(model: PreTrainedModel, cache: SlotKVCache) -> Any:
-    """The model under torch.compile; our cache and attention stay as they are, each a break in the compiled graph."""
+def compiled(model: PreTrainedModel, cache: SlotKVCache, kernels: KernelSet) -> Any:
+    """The model under torch.compile; our cache, attention and native layers stay as they are, each a break in the
+    compiled graph."""
     disable: Any = torch.compiler.disable
     AttentionInterface.register(UNCOMPILED_ATTENTION, disable(ragged_attention_forward))
     model.set_attn_implementation(UNCOMPILED_ATTENTION)
     for layer in cache.slot_layers:
         layer.update = disable(layer.update)  # type: ignore[method-assign]
+    if not kernels.on_device:
+        # They hand plain addresses to C++: a traced caller drops a tensor whose address is all that it still needs.
+        inside: set[torch.nn.Module] = set()
+        for module in model.modules():
+            if "forward" in vars(module) and module not in inside:
+                module.forward = disable(module.forward)
+                inside.update(module.modules())
     return torch.compile(model)
