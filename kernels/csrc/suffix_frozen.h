@@ -18,6 +18,7 @@
 namespace slipstream {
 
 constexpr uint32_t kLinearScan = 8;
+constexpr uint32_t kLineEdges = kLine / sizeof(Edge);
 constexpr int32_t kFrozenRoot = 0;
 
 struct Child {
@@ -47,7 +48,7 @@ struct Corpus {
   std::vector<uint8_t> ages;
 };
 
-constexpr char kFrozenMagic[9] = "SLPFRZ01";
+constexpr char kFrozenMagic[9] = "SLPFRZ02";
 
 class Frozen {
  public:
@@ -182,8 +183,9 @@ class Frozen {
   // Fetches where the root knows a token.
   void prefetch_token(int32_t token) const { prefetch(&others_[first_slot(states_[kFrozenRoot], token)]); }
 
-  static uint32_t home_slot(int32_t token, uint32_t slots) {
-    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
+  // Where the cache line begins that a hash table looks into first; the others follow, the first one after the last.
+  static uint32_t home_line(int32_t token, uint32_t slots) {
+    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1) & ~(kLineEdges - 1);
   }
 
  private:
@@ -219,7 +221,7 @@ class Frozen {
   }
 
   uint32_t first_slot(const State& s, int32_t token) const {
-    return s.slots <= kLinearScan ? s.more : s.more + home_slot(token, s.slots);
+    return s.slots <= kLinearScan ? s.more : s.more + home_line(token, s.slots);
   }
 
   int32_t find_other(int32_t at, int32_t token) const {
@@ -230,9 +232,14 @@ class Frozen {
         if (edges[i].token == token) return edges[i].target;
       return -1;
     }
-    uint32_t i = home_slot(token, slots);
-    while (edges[i].token != token && edges[i].token != kNoToken) i = (i + 1) & (slots - 1);
-    return edges[i].token == token ? edges[i].target : -1;
+    // A whole line at a time: where in it a token stands cannot be predicted.
+    for (uint32_t i = home_line(token, slots);; i = (i + kLineEdges) & (slots - 1)) {
+      const Edge* line = edges + i;
+      uint32_t same = 0;
+      for (uint32_t k = 0; k < kLineEdges; ++k) same |= static_cast<uint32_t>(line[k].token == token) << k;
+      if (same) return line[__builtin_ctz(same)].target;
+      if (line[kLineEdges - 1].token == kNoToken) return -1;
+    }
   }
 
   std::shared_ptr<const char> block_;

@@ -273,7 +273,7 @@ class StepWorker {
     size_t next = first, fetched = first, active = 0;
     while (active || next < last) {
       for (; fetched < last && fetched < next + kBlockRows; ++fetched) fetch_path(fetched);
-      for (; active < kBlockRows && next < last; ++next) {
+      for (; active < kBlockRows && next < fetched; ++next) {
         const int32_t row = order[next];
         OpenRequest& request = *requests[row];
         Turn& turn = turns_[active];
