@@ -90,21 +90,32 @@ inline void follow(const Frozen& tier, int32_t at, int matched, const Calibratio
   }
 }
 
-// The best of `best` and the drafts from the longest continued match and up to max_candidates - 1 shorter ones. A shorter
-// context is not asked where a longer one promises enough. `spare` is scratch of the same size.
-inline void draft_from(const Frozen& tier, int32_t at, int32_t matched, int max_candidates,
-                       const Calibration& calibration, const DraftLimits& limits, Draft& best, Draft& spare) {
-  for (int tried = 0; tried < max_candidates && matched >= limits.min_match && at != kFrozenRoot;) {
-    if (best.score >= limits.enough && matched <= best.match_len) return;
-    if (tier.state(at).token != kNoToken) {
-      ++tried;
+// The contexts a row may still be asked for, the longest first: a state that stands for the last `matched` tokens, and how
+// many of those that go on.
+struct Contexts {
+  int32_t at, matched;
+  int left;
+
+  // A shorter context is not asked where a longer one promises enough.
+  bool any(const DraftLimits& limits, const Draft& best) const {
+    return left > 0 && at > kFrozenRoot && matched >= limits.min_match &&
+           !(best.score >= limits.enough && matched <= best.match_len);
+  }
+};
+
+// The best of `best` and the drafts from up to `count` of the contexts. `spare` is scratch of the same size.
+inline void draft_from(const Frozen& tier, Contexts& contexts, int count, const Calibration& calibration,
+                       const DraftLimits& limits, Draft& best, Draft& spare) {
+  while (count > 0 && contexts.any(limits, best)) {
+    if (tier.state(contexts.at).token != kNoToken) {
+      --count;
+      --contexts.left;
       spare.clear();
-      follow(tier, at, matched, calibration, limits, spare);
+      follow(tier, contexts.at, contexts.matched, calibration, limits, spare);
       if (spare.score > best.score) std::swap(best, spare);
     }
-    at = tier.state(at).link;
-    if (at < 0) return;
-    matched = tier.state(at).length;
+    contexts.at = tier.state(contexts.at).link;
+    if (contexts.at > kFrozenRoot) contexts.matched = tier.state(contexts.at).length;
   }
 }
 
