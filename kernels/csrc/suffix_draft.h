@@ -21,7 +21,7 @@ struct DraftLimits {
   float min_prob, escape, enough;
 };
 
-// A chain in caller-owned buffers of at least max_tokens entries.
+// A chain in caller-owned buffers of at least max_tokens entries. match_len, source, age: of its first token.
 struct Draft {
   int32_t* tokens;
   float* probs;
@@ -32,10 +32,13 @@ struct Draft {
   Source source = kSourceNone;
   uint8_t age = 0;
 
-  void clear() {
+  void begin(int32_t match, Source from, uint8_t from_age) {
     count = 0;
     score = 0.0f;
     path = 1.0f;
+    match_len = match;
+    source = from;
+    age = from_age;
   }
 
   // False when the token is not worth drafting.
@@ -44,11 +47,6 @@ struct Draft {
     const int16_t cell = cell_of(source_class(from, from_age), match, relative_weight);
     const float prob = calibration.probability(cell, relative_weight) * path;
     if (prob < limits.min_prob || count == limits.max_tokens) return false;
-    if (count == 0) {
-      source = from;
-      age = from_age;
-      match_len = match;
-    }
     tokens[count] = token;
     cells[count] = cell;
     probs[count++] = prob;
@@ -69,6 +67,7 @@ struct LiveView {
   }
 };
 
+// Both functions go on with a draft that has begun.
 // Follows the heaviest continuation from a state that stands for the last `matched` tokens. Where the text ends, the
 // longest suffix that goes on elsewhere takes over: text of period k is drafted further than its last period.
 inline void follow(const Frozen& tier, int32_t at, int matched, const Calibration& calibration,
@@ -107,10 +106,10 @@ struct Contexts {
 inline void draft_from(const Frozen& tier, Contexts& contexts, int count, const Calibration& calibration,
                        const DraftLimits& limits, Draft& best, Draft& spare) {
   while (count > 0 && contexts.any(limits, best)) {
-    if (tier.state(contexts.at).token != kNoToken) {
+    if (Child first; tier.best(contexts.at, first)) {
       --count;
       --contexts.left;
-      spare.clear();
+      spare.begin(contexts.matched, kHistory, tier.age(first.mark));
       follow(tier, contexts.at, contexts.matched, calibration, limits, spare);
       if (spare.score > best.score) std::swap(best, spare);
     }
@@ -167,8 +166,10 @@ inline void follow(const LiveView& view, Group group, int matched, const Calibra
     }
     const int32_t token = tier.token(group.at[lead]);
     const float votes = static_cast<float>(most);
-    if (!out.add(token, votes / (static_cast<float>(group.count) + limits.escape), matched,
-                 view.source(group.at[lead]), 0, calibration, limits))
+    const Source source = view.source(group.at[lead]);
+    if (!out.count) out.source = source;
+    if (!out.add(token, votes / (static_cast<float>(group.count) + limits.escape), matched, source, 0, calibration,
+                 limits))
       return;
     ++matched;
     const uint32_t end = group.pass(tier, token);
@@ -187,7 +188,7 @@ inline void draft_from(const LiveView& view, int max_candidates, const Calibrati
   int matched = kMaxMatch + 1;
   for (int tried = 0; tried < max_candidates && (matched = places.longest_below(matched)); ++tried) {
     if (best.score >= limits.enough && matched <= best.match_len) return;
-    spare.clear();
+    spare.begin(matched, kSelf, 0);
     follow(view, Group::of(places, matched), matched, calibration, limits, spare);
     if (spare.score > best.score) std::swap(best, spare);
   }
