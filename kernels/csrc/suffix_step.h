@@ -183,7 +183,6 @@ class StepWorker {
     out.match_len[row] = best.match_len;
     out.source[row] = best.count ? best.source : kSourceNone;
     out.age[row] = best.age;
-    std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
   }
 
   static DraftLimits limits_of(const OpenRequest& request, const DraftRows& out, int32_t row,
@@ -218,6 +217,7 @@ class StepWorker {
       }
     }
     store(best, out, row);
+    std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
   }
 
   // The other contexts: where the first promises enough, nothing of them is fetched.
