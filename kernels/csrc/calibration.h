@@ -15,13 +15,21 @@ constexpr int kSourceClasses = 8, kMatchBuckets = 8, kWeightBuckets = 12;
 constexpr int kNumCells = kSourceClasses * kMatchBuckets * kWeightBuckets;
 constexpr int kMaxBucketed = 32;
 
-// self, sibling, prompt, shared, then history by age: 1, 2, 3 to 4, 5 and more visits.
-inline int source_class(Source source, int age) {
+// History by age: 1, 2, 3 to 4, 5 and more visits.
+constexpr std::array<uint8_t, 256> make_history_classes() {
+  std::array<uint8_t, 256> out{};
+  for (int age = 0; age < 256; ++age) out[age] = static_cast<uint8_t>(age <= 1 ? 4 : age == 2 ? 5 : age <= 4 ? 6 : 7);
+  return out;
+}
+inline constexpr auto kHistoryClass = make_history_classes();
+
+// self, sibling, prompt, shared, then history.
+inline int source_class(Source source, uint8_t age) {
   if (source == kSelf) return 0;
   if (source == kSibling) return 1;
   if (source == kPrompt) return 2;
   if (source == kShared) return 3;
-  return age <= 1 ? 4 : age == 2 ? 5 : age <= 4 ? 6 : 7;
+  return kHistoryClass[age];
 }
 
 // Match lengths 1, 2, 3, 4, to 6, to 10, to 20, more.

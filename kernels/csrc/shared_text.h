@@ -70,7 +70,7 @@ class SharedText {
       const Slot* slot = find(order, recent.end());
       const int matched = slot ? match_before(slot->next, recent) : 0;
       if (matched < order) continue;
-      spare.clear();
+      spare.begin(matched, kShared, 0);
       for (size_t at = slot->next; at < size_ && token(at) != kGap; ++at) {
         const float votes = static_cast<float>(text_[at] >> kTokenBits);
         if (!spare.add(static_cast<int32_t>(token(at)), votes / (votes + 1.0f), matched + spare.count, kShared, 0,

@@ -21,7 +21,7 @@ struct DraftLimits {
   float min_prob, escape, enough;
 };
 
-// A chain in caller-owned buffers of at least max_tokens entries.
+// A chain in caller-owned buffers of at least max_tokens entries. match_len, source, age: of its first token.
 struct Draft {
   int32_t* tokens;
   float* probs;
@@ -32,10 +32,13 @@ struct Draft {
   Source source = kSourceNone;
   uint8_t age = 0;
 
-  void clear() {
+  void begin(int32_t match, Source from, uint8_t from_age) {
     count = 0;
     score = 0.0f;
     path = 1.0f;
+    match_len = match;
+    source = from;
+    age = from_age;
   }
 
   // False when the token is not worth drafting.
@@ -44,11 +47,6 @@ struct Draft {
     const int16_t cell = cell_of(source_class(from, from_age), match, relative_weight);
     const float prob = calibration.probability(cell, relative_weight) * path;
     if (prob < limits.min_prob || count == limits.max_tokens) return false;
-    if (count == 0) {
-      source = from;
-      age = from_age;
-      match_len = match;
-    }
     tokens[count] = token;
     cells[count] = cell;
     probs[count++] = prob;
@@ -69,6 +67,7 @@ struct LiveView {
   }
 };
 
+// Both functions go on with a draft that has begun.
 // Follows the heaviest continuation from a state that stands for the last `matched` tokens. Where the text ends, the
 // longest suffix that goes on elsewhere takes over: text of period k is drafted further than its last period.
 inline void follow(const Frozen& tier, int32_t at, int matched, const Calibration& calibration,
@@ -90,21 +89,32 @@ inline void follow(const Frozen& tier, int32_t at, int matched, const Calibratio
   }
 }
 
-// The best of `best` and the drafts from the longest continued match and up to max_candidates - 1 shorter ones. A shorter
-// context is not asked where a longer one promises enough. `spare` is scratch of the same size.
-inline void draft_from(const Frozen& tier, int32_t at, int32_t matched, int max_candidates,
-                       const Calibration& calibration, const DraftLimits& limits, Draft& best, Draft& spare) {
-  for (int tried = 0; tried < max_candidates && matched >= limits.min_match && at != kFrozenRoot;) {
-    if (best.score >= limits.enough && matched <= best.match_len) return;
-    if (tier.state(at).token != kNoToken) {
-      ++tried;
-      spare.clear();
-      follow(tier, at, matched, calibration, limits, spare);
+// The contexts a row may still be asked for, the longest first: a state that stands for the last `matched` tokens, and how
+// many of those that go on.
+struct Contexts {
+  int32_t at, matched;
+  int left;
+
+  // A shorter context is not asked where a longer one promises enough.
+  bool any(const DraftLimits& limits, const Draft& best) const {
+    return left > 0 && at > kFrozenRoot && matched >= limits.min_match &&
+           !(best.score >= limits.enough && matched <= best.match_len);
+  }
+};
+
+// The best of `best` and the drafts from up to `count` of the contexts. `spare` is scratch of the same size.
+inline void draft_from(const Frozen& tier, Contexts& contexts, int count, const Calibration& calibration,
+                       const DraftLimits& limits, Draft& best, Draft& spare) {
+  while (count > 0 && contexts.any(limits, best)) {
+    if (Child first; tier.best(contexts.at, first)) {
+      --count;
+      --contexts.left;
+      spare.begin(contexts.matched, kHistory, tier.age(first.mark));
+      follow(tier, contexts.at, contexts.matched, calibration, limits, spare);
       if (spare.score > best.score) std::swap(best, spare);
     }
-    at = tier.state(at).link;
-    if (at < 0) return;
-    matched = tier.state(at).length;
+    contexts.at = tier.state(contexts.at).link;
+    if (contexts.at > kFrozenRoot) contexts.matched = tier.state(contexts.at).length;
   }
 }
 
@@ -156,8 +166,10 @@ inline void follow(const LiveView& view, Group group, int matched, const Calibra
     }
     const int32_t token = tier.token(group.at[lead]);
     const float votes = static_cast<float>(most);
-    if (!out.add(token, votes / (static_cast<float>(group.count) + limits.escape), matched,
-                 view.source(group.at[lead]), 0, calibration, limits))
+    const Source source = view.source(group.at[lead]);
+    if (!out.count) out.source = source;
+    if (!out.add(token, votes / (static_cast<float>(group.count) + limits.escape), matched, source, 0, calibration,
+                 limits))
       return;
     ++matched;
     const uint32_t end = group.pass(tier, token);
@@ -176,7 +188,7 @@ inline void draft_from(const LiveView& view, int max_candidates, const Calibrati
   int matched = kMaxMatch + 1;
   for (int tried = 0; tried < max_candidates && (matched = places.longest_below(matched)); ++tried) {
     if (best.score >= limits.enough && matched <= best.match_len) return;
-    spare.clear();
+    spare.begin(matched, kSelf, 0);
     follow(view, Group::of(places, matched), matched, calibration, limits, spare);
     if (spare.score > best.score) std::swap(best, spare);
   }

@@ -49,6 +49,7 @@ class FrozenBuilder {
     sort_by_length(corpus);
     propagate();
     automaton_.each_state([&](int32_t at) { lay_out_path(at); });
+    pad_to(Block::header(block_.get()).sizes[1]);
     translate();
     Block::seal(block_.get(), kFrozenMagic, Frozen::block_bytes(num_laid_out_, num_others_, corpus.weights.size()));
     std::copy(corpus.ages.begin(), corpus.ages.end(), reinterpret_cast<uint8_t*>(others_ + num_others_));
@@ -90,7 +91,8 @@ class FrozenBuilder {
     others_ = reinterpret_cast<Edge*>(out_ + states);
   }
 
-  static size_t places(size_t edges) { return edges <= kLinearScan ? edges : table_slots(edges); }
+  // At most; a table may have to be moved up to the beginning of a line.
+  static size_t places(size_t edges) { return edges <= kLinearScan ? edges : table_slots(edges) + kLineEdges - 1; }
 
   static uint32_t table_slots(size_t edges) {
     uint32_t slots = 2 * kLinearScan;
@@ -105,15 +107,16 @@ class FrozenBuilder {
       State& to = out_[num_laid_out_++];
       to = from;
       from.slots = num_laid_out_;
+      to.slots = 0;
       to.more = static_cast<uint32_t>(num_others_);
       if (from.more) pack(at, to);
-      to.slots = static_cast<uint32_t>(num_others_) - to.more;
       if (to.token == kNoToken) return;
       at = to.target;
     }
   }
 
   // The heaviest edge goes inline. Up to kLinearScan others lie side by side; more fill a hash table, at most two thirds.
+  // A table begins with a cache line, and each of its lines is filled from its beginning.
   void pack(int32_t at, State& to) {
     children_.clear();
     automaton_.each_edge(at, [&](int32_t token, int32_t target) {
@@ -126,19 +129,33 @@ class FrozenBuilder {
     to.target = children_[best].target;
     children_[best] = children_.back();
     children_.pop_back();
-    Edge* first = others_ + num_others_;
     if (children_.size() <= kLinearScan) {
       for (const Child& child : children_) others_[num_others_++] = {child.token, child.target};
-      return;
+    } else {
+      pad_to(line_begin(num_others_));
+      to.more = static_cast<uint32_t>(num_others_);
+      pad_to(num_others_ + table_slots(children_.size()));
+      fill_table(others_ + to.more, static_cast<uint32_t>(num_others_) - to.more);
     }
-    const uint32_t slots = table_slots(children_.size());
-    num_others_ += slots;
-    std::fill(first, first + slots, Edge{kNoToken, 0});
+    to.slots = static_cast<uint32_t>(num_others_) - to.more;
+  }
+
+  void fill_table(Edge* table, uint32_t slots) const {
     for (const Child& child : children_) {
-      uint32_t i = Frozen::home_slot(child.token, slots);
-      while (first[i].token != kNoToken) i = (i + 1) & (slots - 1);
-      first[i] = {child.token, child.target};
+      uint32_t i = Frozen::home_line(child.token, slots);
+      while (table[i].token != kNoToken) i = (i + 1) & (slots - 1);
+      table[i] = {child.token, child.target};
     }
+  }
+
+  // The first place from `at` on that begins a cache line; the block itself begins one.
+  size_t line_begin(size_t at) const {
+    const size_t before = (sizeof(BlockHeader) + automaton_.num_states() * sizeof(State)) / sizeof(Edge);
+    return (before + at + kLineEdges - 1) / kLineEdges * kLineEdges - before;
+  }
+  void pad_to(size_t end) {
+    std::fill(others_ + num_others_, others_ + end, Edge{kNoToken, 0});
+    num_others_ = end;
   }
 
   int32_t number(int32_t at) const { return static_cast<int32_t>(state(at).slots) - 1; }

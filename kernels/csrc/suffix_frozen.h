@@ -18,6 +18,7 @@
 namespace slipstream {
 
 constexpr uint32_t kLinearScan = 8;
+constexpr uint32_t kLineEdges = kLine / sizeof(Edge);
 constexpr int32_t kFrozenRoot = 0;
 
 struct Child {
@@ -47,7 +48,7 @@ struct Corpus {
   std::vector<uint8_t> ages;
 };
 
-constexpr char kFrozenMagic[9] = "SLPFRZ01";
+constexpr char kFrozenMagic[9] = "SLPFRZ02";
 
 class Frozen {
  public:
@@ -94,12 +95,12 @@ class Frozen {
     return s.token == token ? s.target : find_other(at, token);
   }
 
-  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens. is_known: the next token
-  // occurs somewhere.
+  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens. known: where the root goes
+  // with the next token, 0 before it was asked.
   struct Walk {
     const int32_t *next, *last;
-    int32_t at, matched;
-    bool looks_at_others, is_known;
+    int32_t at, matched, known;
+    bool looks_at_others;
     bool done() const { return next == last; }
   };
 
@@ -126,7 +127,7 @@ class Frozen {
       const int32_t known = find(kFrozenRoot, *walk.next);
       if (known < 0) return forget(walk);
       if (walk.at == kFrozenRoot) return move(walk, known);
-      walk.is_known = true;
+      walk.known = known;
       if (!s->slots) return move(walk, -1);
     }
     look_at_others(walk, *s);
@@ -141,15 +142,15 @@ class Frozen {
     const State* s = &states_[walk.at];
     while (s->token == *walk.next) {
       ++walk.matched;
-      walk.is_known = false;
+      walk.known = kFrozenRoot;
       const int32_t target = s->target;
       const bool near = target == walk.at + 1;
       walk.at = target;
       s = &states_[target];
       if (++walk.next == walk.last || !near) return prefetch(s);
     }
-    if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
-    if (walk.is_known && !s->slots) return move(walk, -1);
+    if (walk.at == kFrozenRoot) return move(walk, walk.known ? walk.known : find_other(kFrozenRoot, *walk.next));
+    if (walk.known && !s->slots) return move(walk, -1);
     look_at_others(walk, *s);
   }
   // Then where the token leaves it.
@@ -182,14 +183,15 @@ class Frozen {
   // Fetches where the root knows a token.
   void prefetch_token(int32_t token) const { prefetch(&others_[first_slot(states_[kFrozenRoot], token)]); }
 
-  static uint32_t home_slot(int32_t token, uint32_t slots) {
-    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1);
+  // Where the cache line begins that a hash table looks into first; the others follow, the first one after the last.
+  static uint32_t home_line(int32_t token, uint32_t slots) {
+    return (static_cast<uint32_t>(token) * 2654435769u >> 8) & (slots - 1) & ~(kLineEdges - 1);
   }
 
  private:
   // A token that occurs nowhere is looked up at the root before any shorter context is, whose states are seldom near.
   void look_at_others(Walk& walk, const State& s) const {
-    if (!walk.is_known) prefetch_token(*walk.next);
+    if (!walk.known) prefetch_token(*walk.next);
     if (s.slots) prefetch(&others_[first_slot(s, *walk.next)]);
     walk.looks_at_others = true;
   }
@@ -202,15 +204,16 @@ class Frozen {
   }
 
   void move(Walk& walk, int32_t target) const {
-    if (target < 0 && !walk.is_known) {
-      walk.is_known = walk.at != kFrozenRoot && find(kFrozenRoot, *walk.next) >= 0;
-      if (!walk.is_known) return forget(walk);
+    if (target < 0 && !walk.known) {
+      const int32_t known = walk.at != kFrozenRoot ? find(kFrozenRoot, *walk.next) : -1;
+      if (known < 0) return forget(walk);
+      walk.known = known;
     }
     if (target >= 0) {
       walk.at = target;
       ++walk.matched;
       ++walk.next;
-      walk.is_known = false;
+      walk.known = kFrozenRoot;
     } else {
       walk.at = states_[walk.at].link;
       walk.matched = -1;  // the length of the state, once it is loaded
@@ -219,7 +222,7 @@ class Frozen {
   }
 
   uint32_t first_slot(const State& s, int32_t token) const {
-    return s.slots <= kLinearScan ? s.more : s.more + home_slot(token, s.slots);
+    return s.slots <= kLinearScan ? s.more : s.more + home_line(token, s.slots);
   }
 
   int32_t find_other(int32_t at, int32_t token) const {
@@ -230,9 +233,14 @@ class Frozen {
         if (edges[i].token == token) return edges[i].target;
       return -1;
     }
-    uint32_t i = home_slot(token, slots);
-    while (edges[i].token != token && edges[i].token != kNoToken) i = (i + 1) & (slots - 1);
-    return edges[i].token == token ? edges[i].target : -1;
+    // A whole line at a time: where in it a token stands cannot be predicted.
+    for (uint32_t i = home_line(token, slots);; i = (i + kLineEdges) & (slots - 1)) {
+      const Edge* line = edges + i;
+      uint32_t same = 0;
+      for (uint32_t k = 0; k < kLineEdges; ++k) same |= static_cast<uint32_t>(line[k].token == token) << k;
+      if (same) return line[__builtin_ctz(same)].target;
+      if (line[kLineEdges - 1].token == kNoToken) return -1;
+    }
   }
 
   std::shared_ptr<const char> block_;

@@ -61,9 +61,12 @@ class StepWorker {
     for (size_t begin = first; begin < last; begin += kBlockRows) {
       const size_t end = std::min(last, begin + kBlockRows);
       fetch(requests, order, begin, end, out);
+      again_.clear();
       searches_.clear();
       poor_.clear();
       for (size_t i = begin; i < end; ++i) draft_frozen(*requests[order[i]], out, order[i], options, calibration);
+      for (const Again& again : again_) prefetch_jump(*requests[again.row], again.contexts.at, out, again.row);
+      for (Again& again : again_) draft_again(*requests[again.row], again, out, options, calibration);
       fetch_places(requests);
       for (const Search& search : searches_) draft_live(*requests[search.row], search, out, options, calibration);
       if (!poor_.empty()) draft_shared(requests, out, options, calibration);
@@ -83,6 +86,11 @@ class StepWorker {
   static constexpr size_t kBlockRows = 64;
   static constexpr int kPathTokens = 16;  // of a draft are fetched ahead
 
+  // A row that drafts from shorter contexts of the frozen tier too.
+  struct Again {
+    int32_t row;
+    Contexts contexts;
+  };
   // A row that drafts from the shared text too.
   struct Poor {
     int32_t row;
@@ -108,14 +116,19 @@ class StepWorker {
       const State& frozen = request.frozen->state(request.at);
       if (request.matched < 0) request.matched = frozen.length;
       request.frozen->prefetch_ages();
-      request.frozen->prefetch_path(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
+      prefetch_path(request, request.at, out, order[i]);
       if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
     }
     for (size_t i = begin; i < end; ++i) {
       const OpenRequest& request = *requests[order[i]];
-      if (request.at != kFrozenRoot)
-        request.frozen->prefetch_jump(request.at, std::min<int>(out.max_draft[order[i]], kPathTokens));
+      if (request.at != kFrozenRoot) prefetch_jump(request, request.at, out, order[i]);
     }
+  }
+  static void prefetch_path(const OpenRequest& request, int32_t at, const DraftRows& out, int32_t row) {
+    request.frozen->prefetch_path(at, std::min<int>(out.max_draft[row], kPathTokens));
+  }
+  static void prefetch_jump(const OpenRequest& request, int32_t at, const DraftRows& out, int32_t row) {
+    request.frozen->prefetch_jump(at, std::min<int>(out.max_draft[row], kPathTokens));
   }
 
   // The places that the rows' drafts from their live tiers begin with, and whether there are any (Live::find).
@@ -170,7 +183,6 @@ class StepWorker {
     out.match_len[row] = best.match_len;
     out.source[row] = best.count ? best.source : kSourceNone;
     out.age[row] = best.age;
-    std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
   }
 
   static DraftLimits limits_of(const OpenRequest& request, const DraftRows& out, int32_t row,
@@ -194,13 +206,34 @@ class StepWorker {
           ask_shared(request, row);
         return;
       }
-      draft_from(*request.frozen, request.at, request.matched, options.max_candidates, calibration, limits, best, spare);
-      if (best.score < options.enough) {
-        request.live->prefetch_end(request.cursor);
-        searches_.push_back({row, 0, 0, false, false, false});
+      Contexts contexts{request.at, request.matched, options.max_candidates};
+      draft_from(*request.frozen, contexts, 1, calibration, limits, best, spare);
+      if (best.score < options.enough) request.live->prefetch_end(request.cursor);
+      if (contexts.any(limits, best)) {
+        again_.push_back({row, contexts});
+        prefetch_path(request, contexts.at, out, row);
+      } else {
+        search_live(best, row, options);
       }
     }
     store(best, out, row);
+    std::copy(chain_.data(), chain_.data() + out.width, out.parents + row * out.width);
+  }
+
+  // The other contexts: where the first promises enough, nothing of them is fetched.
+  void draft_again(const OpenRequest& request, Again& again, const DraftRows& out, const SetOptions& options,
+                   const Calibration& calibration) {
+    const int32_t row = again.row;
+    Draft best = draft_in(out, row), spare = scratch();
+    const float known = best.score;
+    draft_from(*request.frozen, again.contexts, again.contexts.left, calibration, limits_of(request, out, row, options),
+               best, spare);
+    if (best.score > known) store(best, out, row);
+    search_live(best, row, options);
+  }
+
+  void search_live(const Draft& best, int32_t row, const SetOptions& options) {
+    if (best.score < options.enough) searches_.push_back({row, 0, 0, false, false, false});
   }
 
   // What the row holds so far.
@@ -273,11 +306,11 @@ class StepWorker {
     size_t next = first, fetched = first, active = 0;
     while (active || next < last) {
       for (; fetched < last && fetched < next + kBlockRows; ++fetched) fetch_path(fetched);
-      for (; active < kBlockRows && next < last; ++next) {
+      for (; active < kBlockRows && next < fetched; ++next) {
         const int32_t row = order[next];
         OpenRequest& request = *requests[row];
         Turn& turn = turns_[active];
-        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false, false}, &request};
+        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, kFrozenRoot, false}, &request};
         request.frozen->follow_path(turn.walk);
         if (turn.walk.done()) turn.leave();
         else ++active;
@@ -332,6 +365,7 @@ class StepWorker {
   };
   std::array<Turn, kBlockRows> turns_;
   TreeDrafter tree_drafter_;
+  std::vector<Again> again_;
   std::vector<Search> searches_;
   std::vector<Poor> poor_;
   std::vector<int32_t> scratch_tokens_;
