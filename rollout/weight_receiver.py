@@ -69,6 +69,7 @@ class WeightReceiver:
         self._engine, self._node, self._num_threads = engine, node, num_threads
         self._held: Held | None = None
         self._prepared: tuple[_Prepared, Held | None, Receipt] | None = None
+        self._committed: int | None = None
 
     def prepare(self, handle: WeightHandle, share: Share, timeout_s: float) -> Receipt:
         """Fetches what is missing and verifies a share of it. WeightError or EngineError: nothing has changed.
@@ -76,7 +77,7 @@ class WeightReceiver:
         share: which one of how many workers of its node this is.
         """
         started = time.perf_counter()
-        self._prepared = None
+        self._prepared = self._committed = None
         layout, version, share = handle.layout, handle.version, share.within(num_readers(handle))
         shapes = {spec.name: spec.shape for spec in layout.tensors if spec.part == "policy"}
         self._engine.check_policy(shapes, version)
@@ -113,13 +114,16 @@ class WeightReceiver:
     def commit(self, version: int, receipts: Sequence[Receipt]) -> int:
         """Serves what was prepared; the version. Only between two engine steps. receipts: of all who prepared it.
         WeightError, and nothing has changed: it was not prepared, or they leave blocks that nobody verified."""
+        if self._prepared is None and self._committed == version:
+            # Told once more, because a neighbour died in between.
+            return version
         prepared, held = self._ready(version, receipts)
         if prepared.draft:
             # First: a draft of another version than the policy costs acceptance, never a token.
             self._engine.update_draft(prepared.draft, version)
         self._prepared = self._held = None
         self._engine.update_policy(prepared.policy, version, adopt=prepared.adopt, patches=prepared.patches)
-        self._held = held
+        self._held, self._committed = held, version
         return version
 
     def _ready(self, version: int, receipts: Sequence[Receipt]) -> tuple[_Prepared, Held | None]:

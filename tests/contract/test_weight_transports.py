@@ -261,6 +261,12 @@ def test_nobody_serves_what_the_receipts_do_not_vouch_for(tmp_path: Path) -> Non
     assert same(one.weights(), old)
     assert [worker.receiver.commit(1, [mine, others]) for worker in (one, other)] == [1, 1]
     assert same(one.weights(), policy(1))
+    assert one.receiver.commit(1, [mine]) == 1, "told twice: the other one has died in between"
+    with pytest.raises(WeightError, match="weights of version 2 were not prepared"):
+        one.receiver.commit(2, [mine])
+    other.receiver.prepare(handle, Share(1, 2), DEADLINE_S)
+    with pytest.raises(WeightError, match="nobody has verified all blocks"):
+        other.receiver.commit(1, [mine])
 
 
 def test_verification_can_be_switched_off(tmp_path: Path) -> None:
