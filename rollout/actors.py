@@ -6,6 +6,7 @@ whatever else an actor does.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,20 @@ def wait_for(refs: Sequence[Any], names: Sequence[str], what: str, timeout_s: fl
     except RayError as error:
         reason = " ".join(str(error).split())[:300]
         raise PoolError(f"{what}: an actor died ({_failed(refs, names)}): {reason}") from error
+
+
+def wait_until_ended(refs: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Those calls that have ended, well or badly: all of them, or as many as have at the deadline."""
+    return ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0] if refs else []
+
+
+def call_off(refs: Sequence[Any], timeout_s: float) -> None:
+    """Calls that wait for others do not begin any more, and nobody hears of how they failed."""
+    for ref in refs:
+        ray.cancel(ref)
+    for ref in wait_until_ended(refs, timeout_s):
+        with contextlib.suppress(RayError):
+            ray.get(ref)
 
 
 def _failed(refs: Sequence[Any], names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from slipstream.rollout.briefing import Briefing
 from slipstream.rollout.health import Health, Patience
 from slipstream.rollout.roster import PoolLimits, Roster, Worker, worker_name
 from slipstream.rollout.sharing import IndexSharing
-from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.stepper import InFlight
+from slipstream.rollout.weight_handle import ComingHandle, WeightHandle
 from slipstream.rollout.weight_receiver import REPLACED
 from slipstream.rollout.weight_update import WeightUpdate, check_served, prepare_workers
 
@@ -214,20 +215,23 @@ class Crew:
                 late = ", ".join(dict.fromkeys(running.worker.name for running in self._errands))
                 raise PoolTimeout(f"{what}: waited {timeout_s:g} s for {late}")
 
-    def prepare_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
-        """All workers hold the version, verified, and serve what they served. Raises PoolError naming who could not."""
+    def update_policy(self, handle: WeightHandle | ComingHandle, in_flight: InFlight, timeout_s: float) -> WeightUpdate:
+        """All workers serve the version, verified, and newcomers are given it from now on. PoolError names who could
+        not prepare it, and all serve what they served; or who does not serve it."""
+
+        def commit(actor: Any, version: int, receipts: Sequence[Any]) -> Any:
+            return actor.commit_policy.remote(version, in_flight, timeout_s, *receipts)
+
         workers = self.roster.holding()
         actors, nodes = {worker: worker.handle for worker in workers}, [worker.node for worker in workers]
-        return prepare_workers(actors, nodes, handle, timeout_s, self.gather)
-
-    def update_policy(self, refs: Mapping[Worker, Any], handle: WeightHandle, what: str, timeout_s: float) -> None:
-        """Waits until all serve the version, which newcomers are given from now on; PoolError where one does not."""
-        self.briefing.weights = handle
+        update, refs = prepare_workers(actors, nodes, handle, commit, timeout_s, self.gather)
+        weights = self.briefing.weights = update.handle
         # Whoever came to serve while the others prepared was started with the version before.
         late = [worker for worker in self.roster.holding() if worker not in refs]
-        refs = {**refs, **{worker: worker.handle.update_policy.remote(handle, timeout_s) for worker in late}}
-        served = self.gather(refs, what, timeout_s)
-        check_served({worker.name: version for worker, version in served.items()}, handle)
+        refs |= {worker: worker.handle.update_policy.remote(weights, timeout_s) for worker in late}
+        served = self.gather(refs, f"weights of version {weights.version} ({in_flight})", timeout_s)
+        check_served({worker.name: version for worker, version in served.items()}, weights)
+        return update
 
     def _go(self, worker: Worker, errand: Errand, what: str) -> None:
         running = _Running(worker, errand, what)

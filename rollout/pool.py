@@ -31,7 +31,7 @@ from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.routing import Routing
 from slipstream.rollout.streaming_worker import StreamingWorker, WorkerReport
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_handle import ComingHandle, WeightHandle
 from slipstream.rollout.weight_update import WeightUpdate
 from slipstream.rollout.worker import WorkerSpec
 
@@ -182,12 +182,9 @@ class RolloutPool:
 
     # ---- news
 
-    def update_policy(self, handle: WeightHandle, timeout_s: float) -> WeightUpdate:
+    def update_policy(self, handle: WeightHandle | ComingHandle, timeout_s: float) -> WeightUpdate:
         """Every worker serves the handle's version afterwards, or, where this raises, what it served before."""
-        update = self._crew.prepare_policy(handle, timeout_s)
-        refs = {w: w.handle.commit_policy.remote(handle.version, "continue", timeout_s) for w in update.receipts}
-        self._crew.update_policy(refs, handle, f"weights of version {handle.version}", timeout_s)
-        return update
+        return self._crew.update_policy(handle, "continue", timeout_s)
 
     def publish(self, step: int, records: list[HistoryRecord], learned: Learned | None, timeout_s: float) -> None:
         """Ships the step's finished rollouts to every worker once; their drafters roll their windows.

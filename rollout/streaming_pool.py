@@ -18,7 +18,7 @@ from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.stepper import InFlight
 from slipstream.rollout.streaming_worker import WorkerReport
 from slipstream.rollout.types import Request, Rollout
-from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_handle import ComingHandle, WeightHandle
 from slipstream.rollout.weight_update import WeightUpdate
 
 
@@ -48,16 +48,10 @@ class StreamingPool(RolloutPool):
         """Takes requests out; what they have still comes from `poll`."""
         self._flight.abort(self._crew, uids)
 
-    def swap_policy(self, handle: WeightHandle, in_flight: InFlight, timeout_s: float) -> WeightUpdate:
+    def swap_policy(self, handle: WeightHandle | ComingHandle, in_flight: InFlight, timeout_s: float) -> WeightUpdate:
         """Every worker serves the handle's version afterwards, or, where this raises before anybody has swapped, what
         it served before. Bytes are fetched and verified while the engines step."""
-        update = self._crew.prepare_policy(handle, timeout_s)
-        refs = {
-            worker: worker.handle.commit_policy.remote(handle.version, in_flight, timeout_s)
-            for worker in update.receipts
-        }
-        self._crew.update_policy(refs, handle, f"weights of version {handle.version} ({in_flight})", timeout_s)
-        return update
+        return self._crew.update_policy(handle, in_flight, timeout_s)
 
     def report(self) -> list[WorkerReport]:
         """What every worker did since the last report."""

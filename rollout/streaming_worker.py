@@ -6,6 +6,7 @@ thread alone once the first request came.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.stepper import EngineStepper, InFlight
 from slipstream.rollout.types import Request, Rollout
 from slipstream.rollout.weight_handle import WeightHandle
-from slipstream.rollout.weight_receiver import REPLACED
+from slipstream.rollout.weight_receiver import REPLACED, Receipt
 from slipstream.rollout.worker import RolloutWorker, WorkerSpec
 
 
@@ -86,15 +87,17 @@ class StreamingWorker(RolloutWorker):
         join = super().join_shared_folder
         self._stepper.call(lambda: join(path), "sharing the index", CALL_TIMEOUT_S)
 
-    def commit_policy(self, version: int, in_flight: InFlight = "continue", timeout_s: float = CALL_TIMEOUT_S) -> int:
-        """Serves what `prepare_policy` has fetched, from between two engine steps on; returns its version."""
-        return self._stepper.update_policy(lambda: self._receiver.commit(version), version, in_flight, timeout_s)
+    def commit_policy(self, version: int, in_flight: InFlight, timeout_s: float, *receipts: Receipt) -> int:
+        """Serves what `prepare_policy` has fetched, from between two engine steps on; returns its version. receipts: of
+        all workers that prepared it."""
+        commit = functools.partial(self._receiver.commit, version, receipts)
+        return self._stepper.update_policy(commit, version, in_flight, timeout_s)
 
     def update_policy(self, handle: WeightHandle, timeout_s: float) -> int:
         """Fetches, verifies and serves, as a worker that comes late; returns the version, or REPLACED when a newer one
         has taken the place of the handle's."""
-        prepared = self._receiver.prepare_alone(handle, timeout_s)
-        return self.commit_policy(handle.version, "continue", timeout_s) if prepared else REPLACED
+        receipt = self._receiver.prepare_alone(handle, timeout_s)
+        return REPLACED if receipt is None else self.commit_policy(handle.version, "continue", timeout_s, receipt)
 
     def publish(
         self, step: int, records: list[HistoryRecord], learned: Learned | None, guard: GuardState | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -121,6 +121,11 @@ class Share:
             return 0, 0
         return count * self.nth // self.of, count * (self.nth + 1) // self.of
 
+    def within(self, most: int | None) -> Share:
+        """The share of the same worker where only the first `most` of its node look at blocks; None: all do."""
+        of = self.of if most is None else min(self.of, most)
+        return Share(self.nth, of) if self.nth < of else Share(0, 0)
+
 
 class Payload(Protocol):
     """Where the bytes of a frame are. Travels to every worker, so it is small.
@@ -190,6 +195,21 @@ class WeightHandle:
             return self.frames
         known = [i for i, frame in enumerate(self.frames) if frame.digest == held.digest]
         return self.frames[known[-1] + 1 :] if known else self.frames
+
+
+@dataclass(frozen=True)
+class ComingHandle:
+    """A handle that the learner is about to give. ref: Ray's, for the workers; wait: gives it, or raises."""
+
+    ref: Any
+    wait: Callable[[], WeightHandle]
+
+
+def num_readers(handle: WeightHandle) -> int | None:
+    """Of a node's workers, how many look at blocks; None: all. Who reads behind a writer takes the core and the memory
+    that the copy needs; reading is the quicker of the two, so one reader for each writer keeps up with it."""
+    followed = [frame.payload for frame in handle.frames if isinstance(frame.payload, FollowedPayload)]
+    return min((payload.num_writers for payload in followed), default=None)
 
 
 @dataclass(frozen=True)

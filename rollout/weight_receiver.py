@@ -3,15 +3,15 @@
 Invariants
 - `prepare` changes nothing that is served, and may run while the engine steps; `commit` changes all parts or, where it
   raises, none: whatever can be wrong with bytes, names and shapes was found out by `prepare`.
-- `prepare` verifies the share it is told. That the others of its node have verified the rest of the same memory is the
-  caller's knowledge: who commits after a share of less than all vouches for it.
+- `prepare` verifies its share, as one of a node's workers. `commit` is given the receipts of all workers that prepared,
+  and is refused unless these show that every block was verified for each of them, and its own is among them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from slipstream.rollout.weight_handle import (
     WeightsReplaced,
     advance,
     check_arrays,
+    num_readers,
     verify_blocks,
 )
 
@@ -55,7 +56,6 @@ class _Prepared:
     draft: Mapping[str, torch.Tensor]
     patches: Sequence[Mapping[str, Patch]]
     adopt: bool
-    held: Held | None = None
 
 
 REPLACED = -1
@@ -68,13 +68,17 @@ class WeightReceiver:
     def __init__(self, engine: Any, node: Callable[[], str], num_threads: int = 1) -> None:
         self._engine, self._node, self._num_threads = engine, node, num_threads
         self._held: Held | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: tuple[_Prepared, Held | None, Receipt] | None = None
+        self._committed: int | None = None
 
     def prepare(self, handle: WeightHandle, share: Share, timeout_s: float) -> Receipt:
-        """Fetches what is missing and verifies a share of it. WeightError or EngineError: nothing has changed."""
+        """Fetches what is missing and verifies a share of it. WeightError or EngineError: nothing has changed.
+
+        share: which one of how many workers of its node this is.
+        """
         started = time.perf_counter()
-        self._prepared = None
-        layout, version = handle.layout, handle.version
+        self._prepared = self._committed = None
+        layout, version, share = handle.layout, handle.version, share.within(num_readers(handle))
         shapes = {spec.name: spec.shape for spec in layout.tensors if spec.part == "policy"}
         self._engine.check_policy(shapes, version)
         frames = handle.frames_after(self._held)
@@ -94,33 +98,56 @@ class WeightReceiver:
             held = advance(layout, None if whole else self._held, frames)
             for frame, received in zip(frames, arrays, strict=True):
                 verify_blocks(layout, frame, received, *share.limits(len(frame.checksums)), self._num_threads)
-        self._prepared = replace(prepared, held=held)
         num_bytes = sum(frame.num_bytes for frame in frames)
-        return Receipt(self._node(), version, len(frames), num_bytes, whole, share, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        receipt = Receipt(self._node(), version, len(frames), num_bytes, whole, share, seconds)
+        self._prepared = prepared, held, receipt
+        return receipt
 
-    def prepare_alone(self, handle: WeightHandle, timeout_s: float) -> bool:
-        """As `prepare` for a worker that nobody vouches for; False: a newer version has taken the handle's place."""
+    def prepare_alone(self, handle: WeightHandle, timeout_s: float) -> Receipt | None:
+        """As `prepare` for a worker that nobody vouches for; None: a newer version has taken the handle's place."""
         try:
-            self.prepare(handle, Share(), timeout_s)
+            return self.prepare(handle, Share(), timeout_s)
         except WeightsReplaced:
-            return False
-        return True
+            return None
 
-    def commit(self, version: int) -> int:
-        """Serves what was prepared; the version. Only between two engine steps, and only if all of it is verified."""
-        prepared = self._ready(version)
+    def commit(self, version: int, receipts: Sequence[Receipt]) -> int:
+        """Serves what was prepared; the version. Only between two engine steps. receipts: of all who prepared it.
+        WeightError, and nothing has changed: it was not prepared, or they leave blocks that nobody verified."""
+        if self._prepared is None and self._committed == version:
+            # Told once more, because a neighbour died in between.
+            return version
+        prepared, held = self._ready(version, receipts)
         if prepared.draft:
             # First: a draft of another version than the policy costs acceptance, never a token.
             self._engine.update_draft(prepared.draft, version)
         self._prepared = self._held = None
         self._engine.update_policy(prepared.policy, version, adopt=prepared.adopt, patches=prepared.patches)
-        self._held = prepared.held
+        self._held, self._committed = held, version
         return version
 
-    def _ready(self, version: int) -> _Prepared:
-        if self._prepared is None or self._prepared.handle.version != version:
+    def _ready(self, version: int, receipts: Sequence[Receipt]) -> tuple[_Prepared, Held | None]:
+        if self._prepared is None or self._prepared[0].handle.version != version:
             raise WeightError(f"weights of version {version} were not prepared")
-        return self._prepared
+        prepared, held, receipt = self._prepared
+        if receipt not in receipts or unverified(receipts) or any(other.version != version for other in receipts):
+            raise WeightError(f"weights of version {version}: nobody has verified all blocks for every worker")
+        return prepared, held
+
+
+def unverified(receipts: Sequence[Receipt]) -> list[int]:
+    """The workers to whom nobody can vouch for all blocks: judged by where they say they are, what they fetched and
+    what they verified of it. Workers of a node vouch for each other where they fetched the same frames."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, receipt in enumerate(receipts):
+        groups.setdefault((receipt.node, receipt.num_frames), []).append(i)
+    out = []
+    for members in groups.values():
+        shares = {receipts[i].verified for i in members}
+        of = max(share.of for share in shares)
+        whole = of > 0 and {Share(nth, of) for nth in range(of)} <= shares
+        out += [i for i in members if not whole and receipts[i].verified.of != 1]
+    return sorted(out)
 
 
 def _unpacked(handle: WeightHandle, frames: Sequence[Frame], arrays: Sequence[Arrays]) -> _Prepared:

@@ -1,10 +1,12 @@
 """How a version comes to all workers of a pool: everybody prepares, and only then does anybody serve it.
 
 Invariants
-- No worker is told to serve a version before every block of it was verified, on every node that has a worker: by one
-  worker where all map the same memory, by each where they do not.
+- No worker serves a version before every block of it was verified, on every node that has a worker: by one worker
+  where all map the same memory, by each where they do not. Everybody judges that by the receipts of all.
 - A worker that cannot prepare ends the update with its name and the reason, and all go on with what they serve; one
-  that dies is left out.
+  that dies is left out. What waits for an update that has ended is called off.
+- Calls are chained: the learner's answer goes to the workers and their receipts go to all of them by Ray's references,
+  while the caller only listens.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slipstream.rollout.actors import PoolError
-from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightHandle
-from slipstream.rollout.weight_receiver import Receipt
+from slipstream.rollout.actors import PoolError, call_off, wait_until_ended
+from slipstream.rollout.weight_handle import ComingHandle, Share, WeightHandle
+from slipstream.rollout.weight_receiver import Receipt, unverified
+
+LOOK_AFTER_S = 1.0
+"""Longest time in which nobody is asked how things stand."""
 
 
 @dataclass(frozen=True)
@@ -44,62 +49,62 @@ class WeightUpdate:
         }
 
 
-def deal_shares(nodes: Sequence[str], most: int | None = None) -> list[Share]:
-    """Of the workers on one node, the first `most` (all by default) an equal share of the blocks. nodes: of every
-    worker."""
+def deal_shares(nodes: Sequence[str]) -> list[Share]:
+    """Of the workers on one node, each an equal share of the blocks. nodes: of every worker."""
     total, seen = Counter(nodes), Counter[str]()
     out = []
     for node in nodes:
-        of = min(total[node], most or total[node])
-        out.append(Share(seen[node], of) if seen[node] < of else Share(0, 0))
+        out.append(Share(seen[node], total[node]))
         seen[node] += 1
     return out
-
-
-def num_readers(handle: WeightHandle) -> int | None:
-    """Of a node's workers, how many look at blocks; None: all. Who reads behind a writer takes the core and the memory
-    that the copy needs; reading is the quicker of the two, so one reader for each writer keeps up with it."""
-    followed = [frame.payload for frame in handle.frames if isinstance(frame.payload, FollowedPayload)]
-    return min((payload.num_writers for payload in followed), default=None)
-
-
-def unverified(receipts: Sequence[Receipt]) -> list[int]:
-    """The workers to whom nobody can vouch for all blocks: judged by where they say they are, what they fetched and
-    what they verified of it. Workers of a node vouch for each other where they fetched the same frames."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for i, receipt in enumerate(receipts):
-        groups.setdefault((receipt.node, receipt.num_frames), []).append(i)
-    out = []
-    for members in groups.values():
-        shares = {receipts[i].verified for i in members}
-        of = max(share.of for share in shares)
-        whole = of > 0 and {Share(nth, of) for nth in range(of)} <= shares
-        out += [i for i in members if not whole and receipts[i].verified.of != 1]
-    return sorted(out)
 
 
 Gather = Callable[[Mapping[Any, Any], str, float], dict[Any, Any]]
 """Waits for Ray objects by worker: (objects, what they are, timeout_s). Who dies meanwhile may be left out."""
 
 
-def prepare_workers(
-    actors: Mapping[Any, Any], nodes: Sequence[str], handle: WeightHandle, timeout_s: float, gather: Gather
-) -> WeightUpdate:
-    """All workers hold the version, verified, and serve what they served. Raises what `gather` raises.
+Commit = Callable[[Any, int, Sequence[Any]], Any]
+"""Tells an actor to serve what it prepared: (actor, version, the receipts of all, or references to them); the call."""
 
-    actors: by worker; nodes: of each, in the same order.
+
+def prepare_workers(
+    actors: Mapping[Any, Any],
+    nodes: Sequence[str],
+    handle: WeightHandle | ComingHandle,
+    commit: Commit,
+    timeout_s: float,
+    gather: Gather,
+) -> tuple[WeightUpdate, dict[Any, Any]]:
+    """All workers hold the version, verified; what they did, and the calls by which they serve it now, by worker.
+
+    Raises what `gather` raises, or the handle's `wait`; all serve what they served then. actors: by worker; nodes: of
+    each, in the same order.
     """
-    what = f"weights of version {handle.version}"
-    shares = zip(actors.items(), deal_shares(nodes, num_readers(handle)), strict=True)
-    refs = {worker: actor.prepare_policy.remote(handle, share, timeout_s) for (worker, actor), share in shares}
-    receipts = gather(refs, what, timeout_s)
+    asked = handle.ref if isinstance(handle, ComingHandle) else handle
+    shares = zip(actors.items(), deal_shares(nodes), strict=True)
+    refs = {worker: actor.prepare_policy.remote(asked, share, timeout_s) for (worker, actor), share in shares}
+    commits: dict[Any, Any] = {}
+    try:
+        handle = handle.wait() if isinstance(handle, ComingHandle) else handle
+        what, version = f"weights of version {handle.version}", handle.version
+        # Each begins when Ray has all receipts, without a word from here: should one of them be an error, none begins.
+        commits = {worker: commit(actor, version, list(refs.values())) for worker, actor in actors.items()}
+        # To look at the receipts before they are done would take the cores that they need.
+        wait_until_ended(list(commits.values()), LOOK_AFTER_S)
+        receipts = gather(refs, what, timeout_s)
+    except BaseException:
+        call_off([*commits.values(), *refs.values()], LOOK_AFTER_S)
+        raise
     # One that came late to its node fetched other frames than its neighbours, and one whose neighbour died has nobody
     # who verified the rest: they verify everything by themselves.
     again = [list(receipts)[i] for i in unverified(list(receipts.values()))]
-    refs = {worker: actors[worker].prepare_policy.remote(handle, Share(), timeout_s) for worker in again}
-    verified = gather(refs, what, timeout_s)
-    kept = {worker: receipt for worker, receipt in receipts.items() if worker not in again}
-    return WeightUpdate(handle, kept | verified)
+    if again or len(receipts) < len(actors):
+        call_off(list(commits.values()), LOOK_AFTER_S)
+        refs = {worker: actors[worker].prepare_policy.remote(handle, Share(), timeout_s) for worker in again}
+        verified = gather(refs, what, timeout_s)
+        receipts = {worker: receipt for worker, receipt in receipts.items() if worker not in again} | verified
+        commits = {worker: commit(actors[worker], version, list(receipts.values())) for worker in receipts}
+    return WeightUpdate(handle, receipts), commits
 
 
 def check_served(served: Mapping[Any, int], handle: WeightHandle) -> None:

@@ -141,7 +141,8 @@ class RolloutWorker:
         return Observed(acceptance, cost, pricing.metrics(), guard)
 
     def prepare_policy(self, handle: WeightHandle, share: Share, timeout_s: float) -> Receipt:
-        """Fetches weights and verifies a share of them, beside whatever the engine does; serves what it served."""
+        """Fetches weights and verifies a share of them, beside whatever the engine does; serves what it served. share:
+        which one of how many workers of its node this is."""
         return self._receiver.prepare(handle, share, timeout_s)
 
     def publish(

@@ -37,6 +37,11 @@ class LearnerCall:
         self._checked: set[str] = set()
         self.deadline = time.monotonic() + timeout_s
 
+    @property
+    def ref(self) -> Any:
+        """Of rank 0's answer, for calls that take it."""
+        return next(iter(self._refs.values()))
+
     def pending(self) -> tuple[Any, ...]:
         """What has not come yet. PoolError, which names the learner, once one has failed."""
         done, open_refs = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
@@ -60,7 +65,7 @@ class LearnerCall:
                 line = f"{self.what}: waited {self._timeout_s:g} s for {late}"
                 raise PoolTimeout(f"{line}; no answer from {silent}" if silent else line)
             ray.wait(list(pending), num_returns=1, timeout=left)
-        return ray.get(next(iter(self._refs.values())))
+        return ray.get(self.ref)
 
     def _fail(self) -> None:
         """Ends the group with the likeliest cause: a death rather than an error, which may be a lost connection."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from slipstream.conf.schema import Settings
 from slipstream.rollout.types import Rollout, Sampling
+from slipstream.rollout.weight_handle import ComingHandle
 from slipstream.trainer.data.prompts import PromptSet
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import TOKENIZER_FILES, ChatTokenizer
@@ -170,7 +171,8 @@ class TrainLoop:
     def _publish_weights(self, wait: Callable[[LearnerCall], Any]) -> dict[str, float]:
         """Brings the learners' weights to the workers; metrics. The driver holds their handle, never the weights."""
         wait(self._learner.gather(self.state.step))
-        metrics = self._source.publish_weights(wait(self._learner.weights(self.state.step)))
+        call = self._learner.weights(self.state.step)
+        metrics = self._source.publish_weights(ComingHandle(call.ref, lambda: wait(call)))
         self.watchdog.progress(f"weights of version {self.state.step}")
         return metrics
 

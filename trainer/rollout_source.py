@@ -20,7 +20,7 @@ from slipstream.rollout.engine import EngineStats
 from slipstream.rollout.learned import Learned, Observed
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.types import Rollout, Sampling
-from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_handle import ComingHandle
 from slipstream.trainer.data.prompts import PromptOrder, PromptSet
 from slipstream.trainer.data.rewards import RewardScorer
 from slipstream.trainer.data.tokenizer import ChatTokenizer
@@ -67,7 +67,7 @@ class RolloutSource(Protocol):
     def wait(self, call: LearnerCall) -> Any:
         """The answer of the learners."""
 
-    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
+    def publish_weights(self, handle: ComingHandle) -> dict[str, float]:
         """Brings a version of the weights to every worker; metrics of the transfer."""
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
@@ -141,11 +141,11 @@ class SyncSource:
             self._pool.wait_beside(pending, left_s)
         return call.result()
 
-    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
+    def publish_weights(self, handle: ComingHandle) -> dict[str, float]:
         """All workers serve the handle's version afterwards."""
-        metrics = self._pool.update_policy(handle, self._cluster.update_timeout_s).metrics()
-        self._version = handle.version
-        return metrics
+        update = self._pool.update_policy(handle, self._cluster.update_timeout_s)
+        self._version = update.handle.version
+        return update.metrics()
 
     def publish_history(self, step: int, records: list[HistoryRecord], learned: Learned) -> None:
         """All drafters have rolled afterwards."""

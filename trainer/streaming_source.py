@@ -21,7 +21,7 @@ from slipstream.rollout.actors import PoolTimeout
 from slipstream.rollout.learned import Learned
 from slipstream.rollout.streaming_pool import StreamingPool
 from slipstream.rollout.types import Rollout
-from slipstream.rollout.weight_handle import WeightHandle
+from slipstream.rollout.weight_handle import ComingHandle
 from slipstream.trainer.advantages import uniform_groups
 from slipstream.trainer.data.prompts import Prompt
 from slipstream.trainer.data.rewards import Score
@@ -175,10 +175,10 @@ class StreamingSource:
             self._pump(POLL_S, pending)
         return call.result()
 
-    def publish_weights(self, handle: WeightHandle) -> dict[str, float]:
+    def publish_weights(self, handle: ComingHandle) -> dict[str, float]:
         """Swaps the weights; the slots of the step that made them are free afterwards."""
         update = self._pool.swap_policy(handle, self._algo.in_flight, self._cluster.update_timeout_s)
-        if handle.version > self._buffer.version:
+        if update.handle.version > self._buffer.version:
             self._buffer.publish()
             self._pump(0.0)
         return update.metrics()

@@ -145,9 +145,9 @@ class BenchWorker:
         """As a rollout worker's."""
         return self._receiver.prepare(handle, share, timeout_s)
 
-    def commit_policy(self, version: int) -> int:
+    def commit_policy(self, version: int, *receipts: Receipt) -> int:
         """As a rollout worker's."""
-        return self._receiver.commit(version)
+        return self._receiver.commit(version, receipts)
 
     def set_adopts(self, adopts: bool) -> None:
         """Whether the model computes with the store's memory from now on, or copies it."""

@@ -87,6 +87,11 @@ def gather(refs: Mapping[str, Any], what: str, timeout_s: float) -> dict[str, An
     return dict(zip(refs, wait_for(list(refs.values()), list(refs), what, timeout_s), strict=True))
 
 
+def commit(actor: Any, version: int, receipts: Sequence[Any]) -> Any:
+    """As a pool's."""
+    return actor.commit_policy.remote(version, *receipts)
+
+
 class Bench:
     """The actors, and one transfer by any arm. Arms take turns as a whole: each has its own memory to warm."""
 
@@ -115,6 +120,7 @@ class Bench:
         import ray
 
         from slipstream.rollout.actors import wait_for
+        from slipstream.rollout.weight_handle import ComingHandle
         from slipstream.rollout.weight_update import check_served, prepare_workers
 
         ray.get(self.learner.change.remote(), timeout=DEADLINE_S)
@@ -128,11 +134,10 @@ class Bench:
             wait_for([w.copy_plainly.remote(weights, version) for w in workers], names, arm, DEADLINE_S)
         else:
             published = self.learner.publish.remote(transport, verify, self._folder, version)
-            handle = ray.get(published, timeout=DEADLINE_S)
+            coming = ComingHandle(published, lambda: ray.get(published, timeout=DEADLINE_S))
             actors = dict(zip(names, workers, strict=True))
-            prepare_workers(actors, self._nodes, handle, DEADLINE_S, gather)
-            refs = {name: worker.commit_policy.remote(version) for name, worker in actors.items()}
-            check_served(gather(refs, arm, DEADLINE_S), handle)
+            update, refs = prepare_workers(actors, self._nodes, coming, commit, DEADLINE_S, gather)
+            check_served(gather(refs, arm, DEADLINE_S), update.handle)
         seconds = time.perf_counter() - started
         for found in wait_for([worker.first_elements.remote() for worker in workers], names, arm, DEADLINE_S):
             assert found == [float(i + version) for i in range(len(found))], f"{arm}: a worker holds other weights"

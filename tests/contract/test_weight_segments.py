@@ -19,9 +19,15 @@ from hypothesis import strategies as st
 
 from slipstream.kernels.block_stream import ALIGN_BYTES, BlockStream, Stripes, numpy_follow, numpy_write
 from slipstream.kernels.checksum import num_blocks, numpy_block_checksums
-from slipstream.rollout.weight_handle import FollowedPayload, Share, WeightError, WeightHandle, WeightsReplaced
+from slipstream.rollout.weight_handle import (
+    FollowedPayload,
+    Share,
+    WeightError,
+    WeightHandle,
+    WeightsReplaced,
+    num_readers,
+)
 from slipstream.rollout.weight_segment import SegmentPayload, WritableSegment
-from slipstream.rollout.weight_update import num_readers
 from slipstream.trainer.weight_segment import SegmentSender, has_room
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, layout_of
 from tests.weight_damage import damaged_version, stream_of

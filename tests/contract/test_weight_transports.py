@@ -54,7 +54,7 @@ class Worker:
     def update(self, handle: WeightHandle) -> bool:
         """Fetches and serves; whether a whole version was needed."""
         receipt = self.receiver.prepare(handle, Share(), DEADLINE_S)
-        assert self.receiver.commit(handle.version) == handle.version == self.engine.policy_version
+        assert self.receiver.commit(handle.version, [receipt]) == handle.version == self.engine.policy_version
         return receipt.whole
 
     def tokens(self) -> list[list[int]]:
@@ -233,7 +233,7 @@ def test_damaged_bytes_leave_the_old_version(
     assert same(worker.weights(), old)
     assert worker.tokens() == fresh_tokens(old)
     with pytest.raises(WeightError, match="not prepared"):
-        worker.receiver.commit(2)
+        worker.receiver.commit(2, [])
     worker.update(handle)
     assert worker.engine.policy_version == 2
 
@@ -246,6 +246,27 @@ def test_a_share_finds_what_lies_in_it_and_all_shares_find_everything(tmp_path: 
         worker.receiver.prepare(broken, Share(nth, 4), DEADLINE_S)
     with pytest.raises(WeightError, match=spec.key):
         worker.receiver.prepare(broken, Share(3, 4), DEADLINE_S)
+
+
+def test_nobody_serves_what_the_receipts_do_not_vouch_for(tmp_path: Path) -> None:
+    sender = publisher("object_store", tmp_path)
+    one, other = Worker(), Worker()
+    handle = sender.publish({"policy": policy(1)}, 1)
+    old = one.weights()
+    mine, others = (worker.receiver.prepare(handle, Share(i, 2), DEADLINE_S) for i, worker in enumerate((one, other)))
+    elsewhere, before = replace(others, node="there"), replace(others, version=0)
+    for receipts in ([], [mine], [others], [mine, elsewhere], [mine, before], [replace(mine, seconds=-1.0), others]):
+        with pytest.raises(WeightError, match="nobody has verified all blocks"):
+            one.receiver.commit(1, receipts)
+    assert same(one.weights(), old)
+    assert [worker.receiver.commit(1, [mine, others]) for worker in (one, other)] == [1, 1]
+    assert same(one.weights(), policy(1))
+    assert one.receiver.commit(1, [mine]) == 1, "told twice: the other one has died in between"
+    with pytest.raises(WeightError, match="weights of version 2 were not prepared"):
+        one.receiver.commit(2, [mine])
+    other.receiver.prepare(handle, Share(1, 2), DEADLINE_S)
+    with pytest.raises(WeightError, match="nobody has verified all blocks"):
+        other.receiver.commit(1, [mine])
 
 
 def test_verification_can_be_switched_off(tmp_path: Path) -> None:
@@ -428,9 +449,9 @@ def test_policy_and_draft_change_together(transport: str, delta: bool, tmp_path:
         with damaged_version(sender, handle) as broken, pytest.raises(WeightError, match=r"head|add up"):
             receiver.prepare(broken, Share(), DEADLINE_S)
         assert engine.draft[1] == engine.policy_version == version - 1
-        receiver.prepare(handle, Share(), DEADLINE_S)
+        receipt = receiver.prepare(handle, Share(), DEADLINE_S)
         assert engine.draft[1] == engine.policy_version == version - 1
-        receiver.commit(version)
+        receiver.commit(version, [receipt])
         assert engine.policy_version == version
         assert engine.draft[1] == version
         assert same(engine.draft[0], draft)

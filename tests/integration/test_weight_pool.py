@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import pytest
 import ray
 import torch
 
-from slipstream.rollout.actors import PoolError
+from slipstream.rollout.actors import PoolError, PoolTimeout
 from slipstream.rollout.model_loader import load_policy
 from slipstream.rollout.pool import RolloutPool
 from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.torch_engine import TorchEngine
 from slipstream.rollout.types import Request, Sampling
+from slipstream.rollout.weight_handle import ComingHandle, Share, WeightHandle
 from slipstream.trainer.cluster import ray_cluster, worker_spec
 from slipstream.trainer.config import load_settings, model_folder
 from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights
@@ -69,6 +72,44 @@ def fresh_tokens(folder: str, seed: int) -> list[list[int]]:
     engine.submit(requests())
     rollouts = {rollout.request.uid: rollout for rollout in engine.drain(DEADLINE_S)}
     return [rollouts[request.uid].tokens.tolist() for request in requests()]
+
+
+def test_an_update_that_has_ended_is_not_made_up_for(pool: RolloutPool, folder: str) -> None:
+    """A worker is stopped until the update has timed out: it prepares afterwards, and still nobody serves it."""
+    publisher = WeightPublisher(WeightSpec("shared_memory"))
+    pool.update_policy(publisher.publish({"policy": named_weights(noisy_policy(folder, 0))}, 5), DEADLINE_S)
+    slow = list(pool._crew.roster)[1]
+    handle = publisher.publish({"policy": named_weights(noisy_policy(folder, 1))}, 6)
+    os.kill(slow.facts["pid"], signal.SIGSTOP)
+    try:
+        with pytest.raises(PoolTimeout, match="weights of version 6: waited 1 s for rollout worker 1"):
+            pool.update_policy(handle, 1.0)
+    finally:
+        os.kill(slow.facts["pid"], signal.SIGCONT)
+    # Its answer comes after that of the call before.
+    ray.get(slow.handle.prepare_policy.remote(handle, Share(), DEADLINE_S), timeout=DEADLINE_S)
+    assert versions(pool) == {5}
+    pool.update_policy(handle, DEADLINE_S)
+    assert versions(pool) == {6}
+    publisher.close()
+
+
+def test_the_learners_answer_goes_to_the_workers_without_the_driver(pool: RolloutPool, folder: str) -> None:
+    publisher = WeightPublisher(WeightSpec("shared_memory"))
+    handle = publisher.publish({"policy": named_weights(noisy_policy(folder, 1))}, 7)
+    served_before, ref = versions(pool), ray.put(handle)
+
+    def never() -> WeightHandle:
+        raise PoolError("the policy learner died")
+
+    with pytest.raises(PoolError, match="the policy learner died"):
+        pool.update_policy(ComingHandle(ref, never), DEADLINE_S)
+    assert versions(pool) == served_before
+    update = pool.update_policy(ComingHandle(ref, lambda: handle), DEADLINE_S)
+    # One thread writes, so one worker reads: the workers see that by the handle.
+    assert sorted(receipt.verified.of for receipt in update.receipts.values()) == [0, 1]
+    assert versions(pool) == {7}
+    publisher.close()
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "object_store", "disk", "broadcast"])

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from slipstream.conf.schema import Settings
 from slipstream.rollout.actors import PoolError
 from slipstream.rollout.weight_handle import Frame, Layout, Share, TensorSpec, WeightHandle
-from slipstream.rollout.weight_receiver import Receipt
+from slipstream.rollout.weight_receiver import Receipt, unverified
 from slipstream.rollout.weight_store import StorePayload
-from slipstream.rollout.weight_update import WeightUpdate, check_served, deal_shares, unverified
+from slipstream.rollout.weight_update import WeightUpdate, check_served, deal_shares
 
 
 def receipt(node: str, share: Share, num_frames: int = 1, num_bytes: int = 100) -> Receipt:
@@ -30,7 +30,7 @@ def handle(num_frames: int = 1) -> WeightHandle:
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9), st.none() | st.integers(1, 4))
 def test_shares_cover_every_node_once(nodes: list[str], most: int | None) -> None:
-    shares = deal_shares(nodes, most)
+    shares = [share.within(most) for share in deal_shares(nodes)]
     assert max(Counter(node for node, share in zip(nodes, shares, strict=True) if share.of).values()) <= (most or 9)
     for node in set(nodes):
         mine = [share for share, other in zip(shares, nodes, strict=True) if other == node]
