@@ -123,8 +123,8 @@ class SuffixDrafter:
         self._indexes.end(uid, finished)
 
     def share(self, folder: SharedFolder) -> None:
-        """Builds for the workers of this node, or maps what their builder builds: before the first request. A reader
-        may join another builder later, or become the builder; what it has mapped stays."""
+        """From now on builds for the workers of this node, or maps what their builder builds. A reader may join another
+        builder later, or become the builder; what it has built or mapped stays until its prompt's next visit."""
         self._indexes.share(folder)
 
     def calibrate(self, probabilities: np.ndarray) -> None:

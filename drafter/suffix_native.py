@@ -112,10 +112,7 @@ class NativeSuffixIndexes:
         self._prompts[self._prompt_of.pop(uid)].num_open -= 1
 
     def share(self, folder: SharedFolder) -> None:
-        """See SuffixDrafter.share. Raises ValueError where an index that nobody shares has prompts already, and for a
-        builder, whose files others count on."""
-        if self.folder is None and self._prompts:
-            raise ValueError("an index is shared before its first request, not after")
+        """See SuffixDrafter.share. Raises ValueError for a builder, whose files others count on."""
         if self.folder is not None and self.folder.role == "builder":
             raise ValueError("a builder of shared indexes stays one")
         self.folder, self._text = folder, None

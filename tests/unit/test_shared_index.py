@@ -135,6 +135,22 @@ def test_without_file_and_promise_a_reader_builds_at_once(tmp_path: Path) -> Non
     assert (folder.num_mapped, folder.num_missed) == (0, len(PROMPTS))
 
 
+def test_workers_may_share_after_their_first_requests(tmp_path: Path) -> None:
+    """As where a builder dies, or a second worker comes to a node, while requests are open."""
+    builder, reader, alone = drafters = [drafter_of(None) for _ in range(3)]
+    before = [propose_one(drafter) for drafter in drafters]
+    folder = SharedFolder(tmp_path, "reader", timeout_s=5.0)
+    builder.share(SharedFolder(tmp_path, "builder"))
+    reader.share(folder)
+    assert [propose(drafter, [1]) for drafter in drafters] == before
+    for drafter in drafters:
+        drafter.publish(NEWEST + 1, records_of(NEWEST + 1))
+        drafter.follow_weights("a", [])
+    assert [propose(drafter, [1]) for drafter in drafters] == before
+    assert drafts_of(builder, 10) == drafts_of(reader, 10) == drafts_of(alone, 10)
+    assert (folder.num_mapped, folder.num_missed) == (len(PROMPTS), 0)
+
+
 def test_a_promise_that_is_never_kept_ends(tmp_path: Path) -> None:
     folder, lock = SharedFolder(tmp_path, "reader", timeout_s=0.3), shared_folder._lock(tmp_path)
     assert lock is not None, "the builder lives"
