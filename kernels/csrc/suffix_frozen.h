@@ -95,12 +95,12 @@ class Frozen {
     return s.token == token ? s.target : find_other(at, token);
   }
 
-  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens. known: where the root goes
-  // with the next token, 0 before it was asked.
+  // A cursor on its way over the tokens next..last: `at` stands for the last `matched` tokens. is_known: the next token
+  // occurs somewhere.
   struct Walk {
     const int32_t *next, *last;
-    int32_t at, matched, known;
-    bool looks_at_others;
+    int32_t at, matched;
+    bool looks_at_others, is_known;
     bool done() const { return next == last; }
   };
 
@@ -127,7 +127,7 @@ class Frozen {
       const int32_t known = find(kFrozenRoot, *walk.next);
       if (known < 0) return forget(walk);
       if (walk.at == kFrozenRoot) return move(walk, known);
-      walk.known = known;
+      walk.is_known = true;
       if (!s->slots) return move(walk, -1);
     }
     look_at_others(walk, *s);
@@ -142,15 +142,15 @@ class Frozen {
     const State* s = &states_[walk.at];
     while (s->token == *walk.next) {
       ++walk.matched;
-      walk.known = kFrozenRoot;
+      walk.is_known = false;
       const int32_t target = s->target;
       const bool near = target == walk.at + 1;
       walk.at = target;
       s = &states_[target];
       if (++walk.next == walk.last || !near) return prefetch(s);
     }
-    if (walk.at == kFrozenRoot) return move(walk, walk.known ? walk.known : find_other(kFrozenRoot, *walk.next));
-    if (walk.known && !s->slots) return move(walk, -1);
+    if (walk.at == kFrozenRoot) return move(walk, find_other(kFrozenRoot, *walk.next));
+    if (walk.is_known && !s->slots) return move(walk, -1);
     look_at_others(walk, *s);
   }
   // Then where the token leaves it.
@@ -191,7 +191,7 @@ class Frozen {
  private:
   // A token that occurs nowhere is looked up at the root before any shorter context is, whose states are seldom near.
   void look_at_others(Walk& walk, const State& s) const {
-    if (!walk.known) prefetch_token(*walk.next);
+    if (!walk.is_known) prefetch_token(*walk.next);
     if (s.slots) prefetch(&others_[first_slot(s, *walk.next)]);
     walk.looks_at_others = true;
   }
@@ -204,16 +204,15 @@ class Frozen {
   }
 
   void move(Walk& walk, int32_t target) const {
-    if (target < 0 && !walk.known) {
-      const int32_t known = walk.at != kFrozenRoot ? find(kFrozenRoot, *walk.next) : -1;
-      if (known < 0) return forget(walk);
-      walk.known = known;
+    if (target < 0 && !walk.is_known) {
+      walk.is_known = walk.at != kFrozenRoot && find(kFrozenRoot, *walk.next) >= 0;
+      if (!walk.is_known) return forget(walk);
     }
     if (target >= 0) {
       walk.at = target;
       ++walk.matched;
       ++walk.next;
-      walk.known = kFrozenRoot;
+      walk.is_known = false;
     } else {
       walk.at = states_[walk.at].link;
       walk.matched = -1;  // the length of the state, once it is loaded

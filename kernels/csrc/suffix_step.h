@@ -310,7 +310,7 @@ class StepWorker {
         const int32_t row = order[next];
         OpenRequest& request = *requests[row];
         Turn& turn = turns_[active];
-        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, kFrozenRoot, false}, &request};
+        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false, false}, &request};
         request.frozen->follow_path(turn.walk);
         if (turn.walk.done()) turn.leave();
         else ++active;
