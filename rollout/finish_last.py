@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from slipstream.rollout.lengths import LiveLengths
+from slipstream.kernels.native import _native
+from slipstream.rollout.lengths import PER_BIN, LiveLengths
 
 NUM_COARSE, NUM_FINE = 10, 16
 _COARSE = np.concatenate([np.geomspace(1 / 512, 0.97, NUM_COARSE - 1), [1.0]]).astype(np.float32)
@@ -17,13 +18,26 @@ _BLOCK = 1024
 _LEVELS = np.linspace(0.002, 0.998, NUM_FINE)
 
 
+MANY = 512
+"""Requests from which on arrays are quicker than one request after the other."""
+
+
 def finish_last(lengths: LiveLengths, generated: np.ndarray, remaining: np.ndarray) -> np.ndarray:
     """[B] float64, P(request i needs more rounds than all others of its worker), from independent lengths.
 
     P_i = sum over time of dF_i(t) prod_{k != i} F_k(t), with F_k(t) the probability that k is done after t rounds of
     speed_k tokens. Two passes: a coarse one finds when the batch is likely to be done, a fine one looks there.
-    generated: [B] tokens so far; remaining: [B] tokens that the limit leaves. Cost O(B) array work.
+    generated: [B] tokens so far; remaining: [B] tokens that the limit leaves. Cost O(B).
     """
+    if _native is None or lengths.owner is not None or len(generated) >= MANY:
+        return plain_finish_last(lengths, generated, remaining)
+    live = lengths.rows, generated, remaining, lengths.speed
+    chances: np.ndarray = _native.finish_last(lengths.tables, PER_BIN, *live, _COARSE, _LEVELS)
+    return chances
+
+
+def plain_finish_last(lengths: LiveLengths, generated: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    """See finish_last; also for batches of several workers."""
     rows = len(generated)
     if rows == 0:
         return np.zeros(0)

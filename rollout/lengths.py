@@ -29,13 +29,14 @@ QUANTILES = (1 / 3, 2 / 3)
 HISTORY_PER_PROMPT, NUM_RECENT = 64, 8192
 SHRINKAGE = 4.0
 PRIOR_HAZARD = 0.05
-_PER_BIN = 1.0 / float(np.log(GROWTH))
+PER_BIN = 1.0 / float(np.log(GROWTH))
+"""Bins per unit of the log of a length."""
 
 
 def bin_of(lengths: np.ndarray) -> np.ndarray:
     """[n] int64 bins of [n] lengths in tokens; lengths below 1 count as 1."""
     # The tiny shift keeps exact edges in the bin that they begin.
-    place = np.log(np.maximum(lengths, 1.0)) * _PER_BIN + 1e-9
+    place = np.log(np.maximum(lengths, 1.0)) * PER_BIN + 1e-9
     return np.minimum(place.astype(np.int64), NUM_BINS - 1)
 
 
@@ -253,7 +254,7 @@ def _at(tables: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Cumulative hazard of `rows` at `tokens` (>= 1), linear in the log of the length between edges."""
     # float32 throughout: numpy's vector units do it faster, and lengths are not known to seven digits.
     place = np.log(tokens.astype(np.float32, copy=False))
-    place *= np.float32(_PER_BIN)
+    place *= np.float32(PER_BIN)
     below = np.minimum(place, np.float32(NUM_BINS - 1)).astype(np.int32)
     place -= below.astype(np.float32)
     flat = below + (rows * (NUM_BINS + 1)).astype(np.int32)

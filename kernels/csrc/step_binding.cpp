@@ -7,6 +7,7 @@
 
 #include "arrays.h"
 #include "calibration.h"
+#include "finish_last.h"
 #include "price_rows.h"
 #include "step_rows.h"
 
@@ -222,6 +223,27 @@ static py::array_t<float> estimates_for(const In<double>& curve, const In<float>
   return out;
 }
 
+static py::array_t<double> finish_last_alone(const In<float>& tables, double per_bin, const In<int64_t>& rows,
+                                             const In<int64_t>& generated, const In<int64_t>& remaining,
+                                             const In<float>& speed, const In<float>& coarse, const In<double>& levels) {
+  require(tables.ndim() == 2 && tables.shape(1) > 1, "tables must be [slots, bins + 1]");
+  const int64_t count = rows.size();
+  require(generated.size() == count && remaining.size() == count && speed.size() == count, "an entry for every row");
+  require(coarse.size() > 0 && levels.size() > 0, "times to look at");
+  const HazardTables hazards{tables.data(), tables.shape(1) - 1, static_cast<float>(per_bin)};
+  std::vector<LiveRow> live;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows.data()[i];
+    require(row >= 0 && row < tables.shape(0), "a row outside the tables");
+    const float so_far = static_cast<float>(std::max<int64_t>(generated.data()[i], 1));
+    live.push_back({row, so_far, hazards.at(row, so_far), static_cast<float>(remaining.data()[i]), speed.data()[i]});
+  }
+  py::array_t<double> out(count);
+  finish_last(hazards, live, {coarse.data(), coarse.data() + coarse.size()},
+              {levels.data(), levels.data() + levels.size()}, out.mutable_data());
+  return out;
+}
+
 // Arrays that are written take no conversion: pybind11 would fill a copy and drop it.
 void bind_step(py::module_& m) {
   m.def("plan_rows", &plan_rows, py::arg("order"), py::arg("tokens").noconvert(), py::arg("length"), py::arg("cached"),
@@ -246,6 +268,8 @@ void bind_step(py::module_& m) {
         py::arg("prior_rounds"), py::arg("prior_drafted"), py::arg("prior_accepted"));
   m.def("least_probabilities", &least_probabilities, py::arg("chances"), py::arg("speed"), py::arg("width"),
         py::arg("base"), py::arg("tok"), py::arg("num_queued"), py::arg("hedge"), py::arg("margin"));
+  m.def("finish_last", &finish_last_alone, py::arg("tables"), py::arg("per_bin"), py::arg("rows"), py::arg("generated"),
+        py::arg("remaining"), py::arg("speed"), py::arg("coarse"), py::arg("levels"));
   m.def("still_there", &still_there, py::arg("before"), py::arg("after"));
   m.def("estimates_for", &estimates_for, py::arg("curve"), py::arg("probabilities"), py::arg("prior_tokens"));
 }

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.rollout.finish_last import LastCalibration, finish_last
+from slipstream.rollout.finish_last import LastCalibration, finish_last, plain_finish_last
 from slipstream.rollout.lengths import (
     GROWTH,
     LONG,
@@ -90,13 +90,18 @@ def test_classes_by_majority_and_their_update_while_decoding() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 10**6), st.booleans()), max_size=30),
     st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 10**5), st.integers(1, 10**5)), min_size=1, max_size=8),
+    st.integers(0, 2**32 - 1),
 )
-def test_any_history_gives_probabilities(seen: list[tuple[str, int, bool]], rows: list[tuple[str, int, int]]) -> None:
+def test_any_history_gives_probabilities(
+    seen: list[tuple[str, int, bool]], rows: list[tuple[str, int, int]], seed: int
+) -> None:
     model = LengthModel()
     model.observe([n for n, _, _ in seen], [length for _, length, _ in seen], [cut for _, _, cut in seen])
     view = LiveLengths.of_prompts(model, [name for name, _, _ in rows])
     generated, left = np.array([g for _, g, _ in rows]), np.array([r for _, _, r in rows])
+    view.speed[:] = np.random.default_rng(seed).uniform(1.0, 20.0, len(rows))
     chances = finish_last(view, generated, left)
+    np.testing.assert_allclose(chances, plain_finish_last(view, generated, left), atol=2e-3)
     assert ((chances >= 0) & (chances <= 1)).all()
     assert chances.sum() == pytest.approx(1.0)
     classes = view.model.class_probabilities(view.initial, generated)
