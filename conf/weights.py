@@ -17,10 +17,10 @@ class WeightsConfig(Strict):
 
     transport: Literal["auto", "shared_memory", "object_store", "disk", "broadcast"] = Field(
         "auto",
-        description="shared_memory: one copy, which the workers of the learner's node read while it is made and map; "
-        "object_store: Ray's, mapped by all workers of a node; disk: safetensors on a shared folder; broadcast: nccl "
-        "between GPUs, gloo between CPUs. auto: shared_memory in a Ray of the job's own, where there is memory for "
-        "three versions and weights.delta is off; else object_store.",
+        description="shared_memory: where the learner's weights live or are gathered, mapped by the workers of its "
+        "node, who read it while it is summed up; object_store: Ray's, mapped by all workers of a node; "
+        "disk: safetensors on a shared folder; broadcast: nccl between GPUs, gloo between CPUs. auto: shared_memory in "
+        "a Ray of the job's own, where there is memory for three versions and weights.delta is off; else object_store.",
     )
     delta: bool = Field(False, description="Send only the blocks that changed; a late worker gets a whole version.")
     block_bytes: int = Field(

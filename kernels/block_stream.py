@@ -1,4 +1,4 @@
-"""Blocks that one process copies into shared memory while others read them behind it, on the CPU.
+"""Blocks that one process copies into shared memory, or changed there, and that others read behind it, on the CPU.
 
 Invariants
 - A block is read only once it has the stamp that is asked for, which is stored after its bytes and its sum.
@@ -36,6 +36,13 @@ class BlockStream:
             numpy_write(self, source, stamp)
         else:
             _native.copy_blocks(source, self.block_bytes, self.data, self.sums, self.stamps, stamp)
+
+    def seal(self, stamp: int) -> None:
+        """Checksums of what `data` holds, block by block: nobody changes it until another stamp."""
+        if NATIVE_ERROR:
+            numpy_write(self, self.data, stamp)
+        else:
+            _native.seal_blocks(self.data, self.block_bytes, self.sums, self.stamps, stamp)
 
     def follow(self, stamp: int, verify: bool, stripes: Stripes, block: int, wait_s: float) -> tuple[int, bool]:
         """Reads the blocks of `stripes` from number `block` on: until the end, the first one that does not match its

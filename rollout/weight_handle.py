@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -71,6 +71,11 @@ class Layout:
     @cached_property
     def _text(self) -> str:
         return json.dumps([self.block_bytes, [[getattr(spec, name) for name in _FIELDS] for spec in self.tensors]])
+
+    @cached_property
+    def policy_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the policy's tensors, by name."""
+        return {spec.name: spec.shape for spec in self.tensors if spec.part == "policy"}
 
     @property
     def num_bytes(self) -> int:
@@ -159,6 +164,11 @@ class FollowedPayload(Payload, Protocol):
         """Returns when a share of the blocks is there and, if `verify`, matches its checksums; else WeightError."""
 
 
+def is_followed(payload: Payload) -> TypeGuard[FollowedPayload]:
+    """As isinstance, which takes a tenth of a millisecond for a protocol."""
+    return hasattr(payload, "follow")
+
+
 @dataclass(frozen=True)
 class Frame:
     """A version, whole or as a change. blocks: the numbers of the blocks in the payload, None for all; checksums: of
@@ -208,7 +218,7 @@ class ComingHandle:
 def num_readers(handle: WeightHandle) -> int | None:
     """Of a node's workers, how many look at blocks; None: all. Who reads behind a writer takes the core and the memory
     that the copy needs; reading is the quicker of the two, so one reader for each writer keeps up with it."""
-    followed = [frame.payload for frame in handle.frames if isinstance(frame.payload, FollowedPayload)]
+    followed = [frame.payload for frame in handle.frames if is_followed(frame.payload)]
     return min((payload.num_writers for payload in followed), default=None)
 
 

@@ -19,7 +19,6 @@ import torch
 from slipstream.rollout.engine import Patch
 from slipstream.rollout.weight_handle import (
     Arrays,
-    FollowedPayload,
     Frame,
     Held,
     Share,
@@ -28,6 +27,7 @@ from slipstream.rollout.weight_handle import (
     WeightsReplaced,
     advance,
     check_arrays,
+    is_followed,
     num_readers,
     verify_blocks,
 )
@@ -79,12 +79,11 @@ class WeightReceiver:
         started = time.perf_counter()
         self._prepared = self._committed = None
         layout, version, share = handle.layout, handle.version, share.within(num_readers(handle))
-        shapes = {spec.name: spec.shape for spec in layout.tensors if spec.part == "policy"}
-        self._engine.check_policy(shapes, version)
+        self._engine.check_policy(layout.policy_shapes, version)
         frames = handle.frames_after(self._held)
         arrays = tuple(frame.payload.receive(timeout_s) for frame in frames)
         whole = bool(frames) and frames[0].blocks is None
-        followed = [frame.payload for frame in frames if isinstance(frame.payload, FollowedPayload)]
+        followed = [frame.payload for frame in frames if is_followed(frame.payload)]
         held = None
         for frame, received in zip(frames, arrays, strict=True):
             if not followed:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from slipstream.kernels.block_stream import ALIGN_BYTES, BlockStream, Stripes
 from slipstream.rollout.weight_handle import Arrays, Layout, Share, WeightError, WeightsReplaced, mapped_tensor
@@ -77,6 +78,14 @@ class Segment:
             yield BlockStream(data, self.layout.block_bytes, self._sums[part], self._stamps[part])
             at += _aligned(spec.num_bytes, ALIGN_BYTES)
 
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """All tensors by TensorSpec.key, flat uint8."""
+        # One call for all: every worker does this while the writer and the readers want the cores.
+        specs, begin = self.layout.tensors, _data_start(self.layout)
+        sizes = [size for spec in specs for size in (spec.num_bytes, -spec.num_bytes % ALIGN_BYTES)]
+        parts = mapped_tensor(self._memory[begin:]).split_with_sizes(sizes)
+        return {spec.key: part for spec, part in zip(specs, parts[::2], strict=True)}
+
     def follow(self, turn: int, share: Share, verify: bool, until: float, path: str) -> None:
         """Reads a share of the blocks behind the writer. until: of time.monotonic(); path: where the writer has it.
         WeightError names the block that does not match its checksum, or says why the others did not come."""
@@ -117,8 +126,7 @@ class SegmentPayload:
 
     def receive(self, timeout_s: float) -> Arrays:
         """All tensors, mapped; `follow` says when they may be read."""
-        streams = zip(self.layout.tensors, self._segment(timeout_s).streams(), strict=True)
-        return {spec.key: mapped_tensor(stream.data) for spec, stream in streams}
+        return self._segment(timeout_s).arrays()
 
     def follow(self, share: Share, verify: bool, timeout_s: float) -> None:
         """Reads a share of the blocks behind the writer."""

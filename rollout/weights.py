@@ -55,17 +55,19 @@ class WeightTable:
         """The model computes with these very tensors from now on, where dtype, device and layout are its own; the
         others are copied in place. They must not change while they are referenced. Raises EngineError as `check`."""
         self.check({name: tuple(tensor.shape) for name, tensor in weights.items()}, version)
+        adopted = []
         for name, tensor in weights.items():
             own = self._tensors[name]
             if (tensor.dtype, tensor.device, tensor.is_contiguous()) == (own.dtype, own.device, own.is_contiguous()):
                 own.data = tensor
-                self._adopted.add(id(own))
-                # Another tensor's memory does not count as a change by itself.
-                torch.autograd.graph.increment_version(own)
+                adopted.append(own)
             else:
                 self._own([name], keep=False)
                 with torch.no_grad():
                     own.copy_(tensor)
+        self._adopted.update(map(id, adopted))
+        # Another tensor's memory does not count as a change by itself.
+        torch.autograd.graph.increment_version(adopted)
 
     def patch(self, patches: Mapping[str, Patch]) -> None:
         """Writes new blocks. Names, sizes and contiguity are checked before. Raises EngineError."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import socket
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ from slipstream.trainer.sharding import (
     shard,
     share_out_again,
     sum_over_ranks,
+    weight_shapes,
     whole,
     whole_weights,
 )
-from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, named_weights, node_address
+from slipstream.trainer.weight_sync import WeightPublisher, WeightSpec, move_weights, named_weights, node_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,10 @@ class PolicyLearner:
         self._listener: socket.socket | None = None
         self._gathered: dict[str, torch.Tensor] | None = None
         self._reference: torch.nn.Module | None = None
-        self._publisher = WeightPublisher(spec.weights)
+        self._settle_s = 0.0
+        # Weights that are published as they are computed with need no copy to be read by others.
+        alone = spec.num_learners == 1 and not spec.keeps_masters and self._device == "cpu"
+        self._publisher = WeightPublisher(replace(spec.weights, resident=alone))
         if spec.num_learners == 1:
             if spec.keeps_masters:
                 self._mesh = group_of_one(self._device, spec.call_timeout_s)
@@ -171,7 +176,8 @@ class PolicyLearner:
 
     def update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         """One training step: `num_updates_per_step` optimiser updates over the samples; metrics in verl's names."""
-        self._publisher.settle()
+        self._settle_s = 0.0
+        self._publisher.begin_settle()
         # Dropout is a function of the step, so that a resumed job needs no state of a generator.
         torch.manual_seed(step)
         rate = learning_rate(self._algo, step)
@@ -186,7 +192,9 @@ class PolicyLearner:
         for part in parts:
             for name, value in self._update_once([samples[i] for i in part]).items():
                 totals[name] = totals.get(name, 0.0) + value / len(parts)
-        return totals | corrected | {"actor/lr": rate, "actor/num_updates": float(len(parts))}
+        self._settle()
+        waited = {"weights/settle_s": self._settle_s}
+        return totals | corrected | waited | {"actor/lr": rate, "actor/num_updates": float(len(parts))}
 
     def _micro_batches(self, samples: list[TrainSample]) -> list[PaddedBatch | PackedBatch]:
         """This learner's; all learners have the same number."""
@@ -233,6 +241,7 @@ class PolicyLearner:
             metrics = sum_over_ranks(metrics, self._device)
         norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._algo.grad_clip_norm))
         if torch.isfinite(norm):
+            self._settle()
             self._optimizer.step()
         return metrics | {
             "actor/grad_norm": float(norm),
@@ -281,11 +290,21 @@ class PolicyLearner:
 
     # ---- weights
 
+    def _settle(self) -> None:
+        """From here on the weights may change: what was published of them does not."""
+        started = time.perf_counter()
+        move_weights(self._model, self._publisher.settle())
+        self._settle_s += time.perf_counter() - started
+
     def gather(self) -> None:
         """All learners: brings shared-out weights together on rank 0, where the next `weights` takes them."""
         if self._mesh is None:
             return
-        self._gathered = whole_weights(self._model, DTYPES[self._spec.dtype], keep=self._rank == 0)
+        dtype, into, first = DTYPES[self._spec.dtype], None, self._rank == 0
+        if first:
+            room = self._publisher.room({"policy": weight_shapes(self._model, dtype)})
+            into = {key.removeprefix("policy/"): place for key, place in room.items()}
+        self._gathered = whole_weights(self._model, dtype, first, into)
 
     def weights(self, version: int) -> WeightHandle:
         """Rank 0, after `gather`: publishes the current policy as `version`; workers fetch it by the handle until the
@@ -317,5 +336,5 @@ class PolicyLearner:
 
     def load(self, folder: str) -> None:
         """Reads what `save` wrote."""
-        self._publisher.settle()
+        self._settle()
         load_learner(Path(folder), self._model, self._optimizer, self._spec.dtype, self._spec.keeps_masters)

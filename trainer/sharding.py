@@ -156,19 +156,40 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_weights(model: torch.nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
-    """The model's tensors by name on the CPU, parameters as `dtype`, one name per tied group; {} unless `keep`."""
-    seen: set[int] = set()
+def weight_shapes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `whole_weights` gives, as tensors without memory."""
+    return {
+        name: torch.empty(tensor.shape, dtype=_kept_dtype(tensor, dtype), device="meta")
+        for name, tensor in _named_once(model).items()
+    }
+
+
+def whole_weights(
+    model: torch.nn.Module, dtype: torch.dtype, keep: bool, into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The model's tensors by name on the CPU, parameters as `dtype`, one name per tied group; {} unless `keep`.
+
+    into: CPU tensors by name that are to hold them.
+    """
     out: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    for name, tensor in _named_once(model).items():
         full = whole(tensor.detach())
         if keep:
-            wanted = dtype if isinstance(tensor, torch.nn.Parameter) else full.dtype
-            out[name] = full.to("cpu", wanted, copy=True)
+            place = None if into is None else into.get(name)
+            wanted = _kept_dtype(tensor, dtype)
+            out[name] = full.to("cpu", wanted, copy=True) if place is None else place.copy_(full)
     return out
+
+
+def _named_once(model: torch.nn.Module) -> dict[str, Tensor]:
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        named.setdefault(id(tensor), (name, tensor))
+    return dict(named.values())
+
+
+def _kept_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if isinstance(tensor, torch.nn.Parameter) else tensor.dtype
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:

@@ -69,8 +69,16 @@ class BroadcastSender:
         # A thread that the interpreter's end finds inside of torch's store would abort the process.
         atexit.register(self.close)
 
-    def settle(self) -> None:
+    def room(self, layout: Layout) -> Mapping[str, torch.Tensor]:
+        """They are copied all the same."""
+        return {}
+
+    def begin_settle(self) -> None:
         """Nothing to do: whoever asks is sent a copy."""
+
+    def settle(self) -> Mapping[str, torch.Tensor]:
+        """As `begin_settle`."""
+        return {}
 
     def send(self, name: str, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Payload:
         """Copies the tensors; whoever asks is sent the copy."""

@@ -43,7 +43,8 @@ MAX_CHANGED_SHARE = 0.5
 class WeightSpec:
     """weights.* of conf/weights.py. folder: where files go, this job's own; num_threads: of copies and checksums;
     backend: of a broadcast, gloo or nccl; num_receivers: workers that are expected to join one; one_node: whether all
-    of them share this process's memory."""
+    of them share this process's memory; resident: whether the tensors that are published are those that the next
+    update changes, and their owner goes on with the ones that `settle` gives."""
 
     transport: str = "object_store"
     delta: bool = False
@@ -54,6 +55,7 @@ class WeightSpec:
     backend: str = "gloo"
     num_receivers: int = 1
     one_node: bool = False
+    resident: bool = False
 
     def transport_for(self, num_bytes: int) -> str:
         """The transport with `auto` resolved, for versions of so many bytes."""
@@ -61,6 +63,13 @@ class WeightSpec:
             return self.transport
         shared = self.one_node and not self.delta and has_room(num_bytes)
         return "shared_memory" if shared else "object_store"
+
+
+def move_weights(model: torch.nn.Module, moved: Tensors) -> None:
+    """The model computes with these from now on. moved: by TensorSpec.key, see WeightPublisher.settle."""
+    for name, tensor in model.state_dict(keep_vars=True).items() if moved else ():
+        if (place := moved.get(f"policy/{name}")) is not None:
+            tensor.data = place
 
 
 def named_weights(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -84,8 +93,14 @@ class Sender(Protocol):
         """Brings the tensors (by TensorSpec.key) to where workers can fetch them. Whole versions hold all tensors of
         the layout, changes some blocks of some."""
 
-    def settle(self) -> None:
-        """Returns when the tensors sent last may change."""
+    def room(self, layout: Layout) -> Tensors:
+        """By TensorSpec.key, where the tensors to be sent may be made, which then need no copy; empty: anywhere."""
+
+    def begin_settle(self) -> None:
+        """Begins what `settle` waits for; returns at once."""
+
+    def settle(self) -> Tensors:
+        """Returns when the tensors sent last may change; by TensorSpec.key, where they live now if they have moved."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Everything sent that is not among these may go."""
@@ -94,19 +109,31 @@ class Sender(Protocol):
         """No worker comes any more."""
 
 
-class StoreSender:
-    """Ray's object store: the references in the payloads keep the objects."""
+class SettledSender:
+    """What is sent is a copy by the time that `send` returns."""
 
     verifies = False
+
+    def room(self, layout: Layout) -> Tensors:
+        """They are copied all the same."""
+        return {}
+
+    def begin_settle(self) -> None:
+        """Nothing to do."""
+
+    def settle(self) -> Tensors:
+        """Nothing to do."""
+        return {}
+
+
+class StoreSender(SettledSender):
+    """Ray's object store: the references in the payloads keep the objects."""
 
     def send(self, name: str, layout: Layout, tensors: Tensors) -> Payload:
         """One put."""
         from slipstream.rollout.weight_store import put_tensors
 
         return put_tensors(tensors)
-
-    def settle(self) -> None:
-        """Nothing to do."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Nothing to do."""
@@ -115,10 +142,8 @@ class StoreSender:
         """Nothing to do."""
 
 
-class FileSender:
+class FileSender(SettledSender):
     """safetensors files in a folder of this job's own; what lies there from before is removed."""
-
-    verifies = False
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._before = folder, list[str]()
@@ -128,9 +153,6 @@ class FileSender:
     def send(self, name: str, layout: Layout, tensors: Tensors) -> Payload:
         """One file."""
         return write_tensors(self._folder, name, tensors)
-
-    def settle(self) -> None:
-        """Nothing to do."""
 
     def keep(self, payloads: list[Payload]) -> None:
         """Keeps the files of the last handle too: a worker may be reading them."""
@@ -152,29 +174,52 @@ class WeightPublisher:
         self._handle: WeightHandle | None = None
         self._sent: Held | None = None
 
+    def room(self, parts: Mapping[Part, Tensors]) -> Tensors:
+        """By TensorSpec.key, host memory in which the next version may be gathered, of which `publish` then makes no
+        copy; empty where any memory will do. parts: tensors of the shapes and dtypes to come, on any device. Only for
+        owners that are not resident."""
+        layout = self._layout(parts)
+        return self._sender_for(layout).room(layout)
+
     def publish(self, parts: Mapping[Part, Tensors], version: int) -> WeightHandle:
         """The next version of all parts. The tensors must not change before `settle`."""
-        # Store, files and gloo read the host's memory: a GPU's tensors are copied there once, then summed up and sent.
-        on_gpu = self._spec.transport == "broadcast" and self._spec.backend == "nccl"
-        tensors = {
-            f"{part}/{name}": tensor if on_gpu else tensor.cpu()
-            for part, named in parts.items()
-            for name, tensor in named.items()
-        }
-        layout = layout_of(parts, self._spec.block_bytes)
-        if self._handle is not None and self._handle.layout == layout:
-            layout = self._handle.layout
-        if self._sender is None:
-            self._sender = make_sender(self._spec, layout.num_bytes)
-        frames = self._frames(self._sender, layout, tensors, version)
+        layout = self._layout(parts)
+        sender = self._sender_for(layout)
+        given = {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        frames = self._frames(sender, layout, self._on_host(sender, layout, given), version)
         self._handle = WeightHandle(layout, frames, self._spec.verify)
-        self._sender.keep([frame.payload for frame in frames])
+        sender.keep([frame.payload for frame in frames])
         return self._handle
 
-    def settle(self) -> None:
-        """Returns when the tensors published last may change."""
+    def _layout(self, parts: Mapping[Part, Tensors]) -> Layout:
+        layout = layout_of(parts, self._spec.block_bytes)
+        known = self._handle.layout if self._handle is not None else layout
+        return known if known == layout else layout
+
+    def _sender_for(self, layout: Layout) -> Sender:
+        if self._sender is None:
+            self._sender = make_sender(self._spec, layout.num_bytes)
+        return self._sender
+
+    def _on_host(self, sender: Sender, layout: Layout, tensors: Tensors) -> Tensors:
+        """Store, files and gloo read the host's memory: a GPU's tensors are copied there once, then summed up."""
+        if self._spec.transport == "broadcast" and self._spec.backend == "nccl":
+            return tensors
+        if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+            return tensors
+        room = sender.room(layout)
+        return {key: room[key].copy_(tensor) if key in room else tensor.cpu() for key, tensor in tensors.items()}
+
+    def begin_settle(self) -> None:
+        """Begins what `settle` waits for: called when the next update begins, it is done by the time that one has its
+        gradients."""
         if self._sender is not None:
-            self._sender.settle()
+            self._sender.begin_settle()
+
+    def settle(self) -> Tensors:
+        """Returns when the tensors published last may change; by TensorSpec.key, where they live now if they have
+        moved: the owner of resident tensors goes on with these, and the version stays what it was."""
+        return self._sender.settle() if self._sender is not None else {}
 
     def close(self) -> None:
         """No worker comes any more."""
@@ -227,7 +272,7 @@ def make_sender(spec: WeightSpec, num_bytes: int) -> Sender:
         return BroadcastSender(spec.backend, node_address(), spec.num_receivers)
     if transport == "shared_memory":
         # The other half of the cores is left to the workers, who read behind the copy.
-        return SegmentSender(max(1, spec.num_threads // 2), node_address())
+        return SegmentSender(max(1, spec.num_threads // 2), node_address(), spec.resident)
     return FileSender(Path(spec.folder)) if transport == "disk" else StoreSender()
 
 

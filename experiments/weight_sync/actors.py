@@ -47,22 +47,26 @@ class BenchLearner:
         self._num_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
         self._target = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
         self._num_threads = num_threads
-        self._publishers: dict[tuple[str, bool], WeightPublisher] = {}
+        self._publishers: dict[tuple[str, bool, bool], WeightPublisher] = {}
 
     def num_bytes(self) -> int:
         """Of all tensors."""
         return self._num_bytes
 
-    def change(self) -> None:
-        """The next update's weights."""
+    def change(self) -> float:
+        """The next update's weights; seconds until the last ones could be changed."""
+        started = time.perf_counter()
         for publisher in self._publishers.values():
-            publisher.settle()
+            for key, tensor in publisher.settle().items():
+                self._tensors[key.removeprefix("policy/")] = tensor
+        settle_s = time.perf_counter() - started
         for tensor in self._tensors.values():
             tensor.add_(1.0)
+        return settle_s
 
-    def publish(self, transport: str, verify: bool, folder: str, version: int) -> WeightHandle:
-        """As the policy learner does."""
-        key = transport, verify
+    def publish(self, transport: str, verify: bool, resident: bool, folder: str, version: int) -> WeightHandle:
+        """As the policy learner does; resident: as one that is alone."""
+        key = transport, verify, resident
         if key not in self._publishers:
             spec = WeightSpec(
                 transport,
@@ -70,15 +74,17 @@ class BenchLearner:
                 folder=folder,
                 num_threads=self._num_threads,
                 num_receivers=self._num_workers,
+                resident=resident,
             )
             self._publishers[key] = WeightPublisher(spec)
         return self._publishers[key].publish({"policy": self._tensors}, version)
 
-    def forget(self, transport: str, verify: bool) -> None:
-        """Another transport's turn: what this one keeps for late workers may go."""
-        publisher = self._publishers.pop((transport, verify), None)
-        if publisher is not None:
+    def forget(self) -> None:
+        """Another arm's turn: what this one keeps for late workers may go, and its weights lie in private memory."""
+        for publisher in self._publishers.values():
             publisher.close()
+        self._publishers.clear()
+        self._tensors = {name: tensor.clone() for name, tensor in self._tensors.items()}
 
     def put_plainly(self) -> list[Any]:
         """A dictionary of tensors handed to Ray as it is: the baseline. The reference in a list."""

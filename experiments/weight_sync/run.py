@@ -24,8 +24,15 @@ import numpy as np
 
 from slipstream.experiments.weight_sync.delta import delta_shares
 
-ARMS = ("shared_memory", "shared_memory_unverified", "object_store", "object_store_unverified")
-"""The first is what weights.transport=auto takes on one node."""
+ARMS = (
+    "shared_memory",
+    "shared_memory_unverified",
+    "shared_memory_private",
+    "shared_memory_private_unverified",
+    "object_store",
+    "object_store_unverified",
+)
+"""The first is what weights.transport=auto takes on one node, for a learner that is alone there."""
 ALL_ARMS = (*ARMS, "shared_memory_copied", "disk", "broadcast", "plain_ray")
 DEADLINE_S = 300.0
 
@@ -52,9 +59,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result | options | {"delta": delta_shares()}
 
 
-def transport_of(arm: str) -> tuple[str, bool]:
-    """weights.transport and weights.verify."""
-    return arm.removesuffix("_unverified").removesuffix("_copied"), not arm.endswith("_unverified")
+def transport_of(arm: str) -> tuple[str, bool, bool]:
+    """weights.transport, weights.verify, and whether the learner's own weights are what is published."""
+    transport = arm.removesuffix("_unverified")
+    resident = not transport.endswith("_private")
+    return transport.removesuffix("_copied").removesuffix("_private"), not arm.endswith("_unverified"), resident
 
 
 @contextmanager
@@ -115,25 +124,25 @@ class Bench:
         adopts = [worker.set_adopts.remote(not arm.endswith("_copied")) for worker in self._workers]
         ray.get(adopts, timeout=DEADLINE_S)
 
-    def sync(self, arm: str) -> float:
-        """Seconds of one transfer; that it arrived is checked afterwards."""
+    def sync(self, arm: str) -> tuple[float, float]:
+        """Seconds of one transfer, and those until the version before it could be changed; that it arrived is checked
+        afterwards."""
         import ray
 
         from slipstream.rollout.actors import wait_for
         from slipstream.rollout.weight_handle import ComingHandle
         from slipstream.rollout.weight_update import check_served, prepare_workers
 
-        ray.get(self.learner.change.remote(), timeout=DEADLINE_S)
+        settle_s = ray.get(self.learner.change.remote(), timeout=DEADLINE_S)
         self._version += 1
         workers, version = self._workers, self._version
         names = [f"worker {i}" for i in range(len(workers))]
-        transport, verify = transport_of(arm)
         started = time.perf_counter()
         if arm == "plain_ray":
             [weights] = ray.get(self.learner.put_plainly.remote(), timeout=DEADLINE_S)
             wait_for([w.copy_plainly.remote(weights, version) for w in workers], names, arm, DEADLINE_S)
         else:
-            published = self.learner.publish.remote(transport, verify, self._folder, version)
+            published = self.learner.publish.remote(*transport_of(arm), self._folder, version)
             coming = ComingHandle(published, lambda: ray.get(published, timeout=DEADLINE_S))
             actors = dict(zip(names, workers, strict=True))
             update, refs = prepare_workers(actors, self._nodes, coming, commit, DEADLINE_S, gather)
@@ -141,13 +150,13 @@ class Bench:
         seconds = time.perf_counter() - started
         for found in wait_for([worker.first_elements.remote() for worker in workers], names, arm, DEADLINE_S):
             assert found == [float(i + version) for i in range(len(found))], f"{arm}: a worker holds other weights"
-        return seconds
+        return seconds, settle_s
 
-    def forget(self, arm: str) -> None:
-        """The arm's turn is over: what the learner keeps for late workers may go."""
+    def end(self) -> None:
+        """The arm's turn is over."""
         import ray
 
-        ray.get(self.learner.forget.remote(*transport_of(arm)), timeout=DEADLINE_S)
+        ray.get(self.learner.forget.remote(), timeout=DEADLINE_S)
 
     def learner_s(self, what: str) -> float:
         """A figure that the learner measures."""
@@ -166,17 +175,20 @@ def measure_arms(bench: Bench, arms: Sequence[str], warm: int, rounds: int) -> d
     """Every arm beside a copy, round by round."""
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     copies: dict[str, list[float]] = {arm: [] for arm in arms}
+    settled: dict[str, list[float]] = {arm: [] for arm in arms}
     first: dict[str, float] = {}
     fresh: list[float] = []
     for arm in arms:
         bench.begin(arm)
         for i in range(warm + rounds):
-            copy_s, sync_s = bench.learner_s("copy_s"), bench.sync(arm)
+            copy_s = bench.learner_s("copy_s")
+            sync_s, settle_s = bench.sync(arm)
             first.setdefault(arm, sync_s)
             if i >= warm:
                 seconds[arm].append(sync_s)
                 copies[arm].append(copy_s)
-        bench.forget(arm)
+                settled[arm].append(settle_s)
+        bench.end()
     for _ in range(3):
         fresh.append(bench.learner_s("fresh_copy_s"))
     copy_s, fresh_s = float(np.median(np.concatenate(list(copies.values())))), float(np.median(fresh))
@@ -189,6 +201,7 @@ def measure_arms(bench: Bench, arms: Sequence[str], warm: int, rounds: int) -> d
             "sync_s_all": seconds[arm],
             "sync_over_copy": float(np.median(ratios)),
             "sync_over_fresh_copy": sync_s / fresh_s,
+            "settle_s": float(np.median(settled[arm])),
             "first_sync_s": first[arm],
             "first_sync_over_fresh_copy": first[arm] / fresh_s,
         }

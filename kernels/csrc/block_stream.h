@@ -1,4 +1,4 @@
-// One process copies blocks into shared memory, others read them behind it. Twin: kernels/block_stream.py.
+// One process copies blocks into shared memory, or sums up what lies there, and others read them behind it. Twin: kernels/block_stream.py.
 // Invariants: a block's stamp is stored after its bytes and its sum are, and read before they are; nobody reads a block
 // whose stamp is another one; waiting sleeps, so that the writer has the core.
 #pragma once
@@ -21,11 +21,12 @@ struct BlockRange {
   int64_t length(int64_t block) const { return std::min(block_bytes, size - begin(block)); }
 };
 
+// to null: the bytes are where they belong, and only the sums are missing.
 inline void copy_blocks(Isa isa, const BlockRange& range, const uint8_t* from, uint8_t* to, uint64_t* sums,
                         uint32_t* stamps, uint32_t stamp) {
   for (int64_t block = 0; block < range.count(); ++block) {
     const int64_t at = range.begin(block), length = range.length(block);
-    sums[block] = copy_block(isa, from + at, to + at, length);
+    sums[block] = to ? copy_block(isa, from + at, to + at, length) : block_checksum(isa, from + at, length);
     __atomic_store_n(stamps + block, stamp, __ATOMIC_RELEASE);
   }
 }

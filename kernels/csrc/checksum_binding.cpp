@@ -52,6 +52,17 @@ void bind_checksum(py::module_& m) {
     copy_blocks(set, range, source, target, sum_out, stamp_out, stamp);
   }, py::arg("source").noconvert(), py::arg("block_bytes"), py::arg("target").noconvert(), py::arg("sums").noconvert(),
      py::arg("stamps").noconvert(), py::arg("stamp"), py::arg("isa") = "auto");
+  m.def("seal_blocks", [](In<uint8_t> data, int64_t block_bytes, In<uint64_t> sums, In<uint32_t> stamps, uint32_t stamp,
+                          const std::string& isa) {
+    const BlockRange range = range_of(data, block_bytes, sums, stamps);
+    const Isa set = isa_by_name(isa);
+    const uint8_t* bytes = data.data();
+    uint64_t* sum_out = sums.mutable_data();
+    uint32_t* stamp_out = stamps.mutable_data();
+    py::gil_scoped_release release;
+    copy_blocks(set, range, bytes, nullptr, sum_out, stamp_out, stamp);
+  }, py::arg("data").noconvert(), py::arg("block_bytes"), py::arg("sums").noconvert(), py::arg("stamps").noconvert(),
+     py::arg("stamp"), py::arg("isa") = "auto");
   m.def("follow_blocks", [](In<uint8_t> data, int64_t block_bytes, In<uint64_t> sums, In<uint32_t> stamps, uint32_t stamp,
                             bool verify, int64_t first, int64_t stripe, int64_t nth, int64_t of, int64_t block,
                             int64_t wait_us, const std::string& isa) {

@@ -86,6 +86,10 @@ def test_the_twins_agree(size: int, block_bytes: int, stamp: int, data: st.DataO
         np.testing.assert_array_equal(one.data, source)
         np.testing.assert_array_equal(one.sums, numpy_block_checksums(source, block_bytes))
         assert set(one.stamps.tolist()) <= {stamp}
+    native.data[:] = source[::-1]
+    native.seal(stamp)
+    np.testing.assert_array_equal(native.sums, numpy_block_checksums(source[::-1].copy(), block_bytes))
+    native.write(source, stamp)
     of = data.draw(st.integers(1, 3))
     stripes = Stripes(data.draw(st.integers(0, 9)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, of - 1)), of)
     if size:
@@ -232,6 +236,110 @@ def test_damage_is_found_and_named(sender: WeightPublisher) -> None:
     assert same(fetch(handle), weights(1))
     with damaged_version(sender, handle):
         fetch(replace(handle, verify=False))
+
+
+# ---- weights that live where they are read
+
+
+@pytest.fixture
+def resident() -> Iterator[WeightPublisher]:
+    publisher = WeightPublisher(WeightSpec("shared_memory", block_bytes=BLOCK, num_threads=4, resident=True))
+    yield publisher
+    publisher.close()
+
+
+def settled(publisher: WeightPublisher, tensors: Weights) -> Weights:
+    """What their owner goes on with."""
+    moved = publisher.settle()
+    return {name: moved.get(f"policy/{name}", tensor) for name, tensor in tensors.items()}
+
+
+def test_resident_weights_are_read_where_they_were_made(resident: WeightPublisher) -> None:
+    tensors, versions = weights(0), dict[int, Weights]()
+    for version in range(1, 8):
+        if version > 2:
+            # A place is kept for as long as its version is.
+            del versions[version - 2]
+        tensors = settled(resident, tensors)
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+        expected = {name: tensor.clone() for name, tensor in tensors.items()}
+        handle = resident.publish({"policy": tensors}, version)
+        versions[version] = fetch(handle)
+        assert same(versions[version], expected)
+        if version > 1:
+            stream_of(resident, handle, "policy/w0").data[:4] ^= 1
+            assert not torch.equal(tensors["w0"], expected["w0"]), "there is no copy of it"
+            stream_of(resident, handle, "policy/w0").data[:4] ^= 1
+            assert torch.equal(versions[version - 1]["w1"] + 1.0, expected["w1"]), "the version before is what it was"
+    assert num_places(resident) == 2, "what is read, and where the weights live"
+
+
+def test_resident_weights_survive_versions_that_nobody_changed(resident: WeightPublisher) -> None:
+    tensors = weights(0)
+    resident.publish({"policy": tensors}, 1)
+    tensors = settled(resident, tensors)
+    for version in range(2, 7):
+        if version == 4:
+            resident.begin_settle()
+        assert same(fetch(resident.publish({"policy": tensors}, version)), weights(0))
+    tensors = settled(resident, tensors)
+    tensors["w0"].zero_()
+    assert same(fetch(resident.publish({"policy": tensors}, 7)), weights(0) | {"w0": torch.zeros(700)})
+
+
+def test_a_move_that_was_begun_ends_with_what_was_published(resident: WeightPublisher) -> None:
+    tensors = weights(0)
+    resident.publish({"policy": tensors}, 1)
+    resident.begin_settle()
+    tensors = settled(resident, tensors)
+    assert same(tensors, weights(0))
+    resident.begin_settle()
+    assert resident.settle() == {}, "what nobody has published may change where it is"
+    tensors["w1"].zero_()
+    handle = resident.publish({"policy": tensors}, 2)
+    resident.begin_settle()
+    tensors = settled(resident, tensors)
+    tensors["w1"].fill_(3.0)
+    assert torch.equal(fetch(handle)["w1"], torch.zeros(1000))
+
+
+def test_resident_weights_survive_another_layout(resident: WeightPublisher) -> None:
+    tensors = weights(0)
+    resident.publish({"policy": tensors}, 1)
+    tensors = settled(resident, tensors)
+    more = tensors | {"extra": torch.ones(5)}
+    assert same(fetch(resident.publish({"policy": more}, 2)), weights(0) | {"extra": torch.ones(5)})
+    more = settled(resident, more)
+    more["extra"].fill_(2.0)
+    assert same(fetch(resident.publish({"policy": more}, 3)), weights(0) | {"extra": torch.full((5,), 2.0)})
+
+
+def test_other_tensors_than_the_residents_are_copied(resident: WeightPublisher) -> None:
+    tensors = weights(0)
+    resident.publish({"policy": tensors}, 1)
+    tensors = settled(resident, tensors)
+    assert same(fetch(resident.publish({"policy": weights(5)}, 2)), weights(5))
+    assert same(tensors, weights(0))
+
+
+def test_a_version_that_is_made_in_its_room_is_not_copied(sender: WeightPublisher) -> None:
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights(0).items()}
+    versions: dict[int, Weights] = {}
+    for version in range(1, 6):
+        versions.pop(version - 2, None)
+        room = sender.room({"policy": shapes})
+        assert {key: place.data_ptr() for key, place in sender.room({"policy": shapes}).items()} == {
+            key: place.data_ptr() for key, place in room.items()
+        }, "until it is published it is the same room"
+        made = {name: room[f"policy/{name}"].copy_(tensor) for name, tensor in weights(version).items()}
+        handle = sender.publish({"policy": made}, version)
+        sender.settle()
+        assert stream_of(sender, handle, "policy/w0").data.ctypes.data == made["w0"].data_ptr()
+        versions[version] = fetch(handle)
+        assert all(same(one, weights(number)) for number, one in versions.items())
+    assert num_places(sender) == 2
+    assert same(fetch(sender.publish({"policy": weights(6)}, 6)), weights(6)), "what was made elsewhere is copied"
 
 
 # ---- the writer

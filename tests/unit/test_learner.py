@@ -57,6 +57,7 @@ def test_micro_batches_do_not_change_the_update(folder: str) -> None:
     for max_tokens in (16, 10_000):
         learner = make_learner(folder, max_tokens_per_microbatch=max_tokens)
         metrics = learner.update(samples, step=1)
+        assert metrics.pop("weights/settle_s") >= 0.0  # seconds waited: nothing that the update computes
         results.append((metrics, weights_of(learner)))
     for name, value in results[0][0].items():
         assert value == pytest.approx(results[1][0][name], rel=1e-3, abs=1e-5), name
@@ -80,6 +81,33 @@ def test_an_update_waits_until_the_version_before_is_written(folder: str) -> Non
     assert not torch.equal(weights_of(learner)["model.norm.weight"], before["model.norm.weight"])
     for spec_of in handle.layout.tensors:
         assert torch.equal(spec_of.view(arrays[spec_of.key]), before[spec_of.name]), spec_of.name
+    learner._publisher.close()
+
+
+def test_weights_that_live_in_shared_memory_are_updated_alike(folder: str) -> None:
+    spec, served = make_learner(folder)._spec, []
+    for transport in ("object_store", "shared_memory"):
+        learner = PolicyLearner(replace(spec, weights=WeightSpec(transport)))
+        versions = []
+        for step in range(1, 4):
+            learner.update(make_samples(step), step=step)
+            if transport == "object_store":
+                versions.append(weights_of(learner))
+                continue
+            handle = learner.weights(step)
+            payload = handle.frames[0].payload
+            assert isinstance(payload, FollowedPayload)
+            arrays = payload.receive(10.0)
+            payload.follow(Share(), True, 10.0)
+            versions.append({one.name: one.view(arrays[one.key]) for one in handle.layout.tensors})
+        served.append(versions)
+        sender = learner._publisher._sender
+    assert isinstance(sender, SegmentSender)
+    assert sender._home is not None
+    assert sender._current is sender._home.place, "the last version was not copied"
+    for stored, shared in zip(*served, strict=True):
+        for name, tensor in shared.items():
+            assert torch.equal(tensor, stored[name]), name
     learner._publisher.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from slipstream.conf.learning import AlgoConfig, LearnerConfig
 from slipstream.rollout.model_loader import load_policy
+from slipstream.rollout.weight_handle import FollowedPayload, Share
 from slipstream.trainer.checkpoint import load_tensors
 from slipstream.trainer.policy import LearnerSpec, PolicyLearner
 from slipstream.trainer.sharding import shard, whole
+from slipstream.trainer.weight_segment import SegmentSender
+from slipstream.trainer.weight_sync import WeightSpec
 from tests.learner_weights import weights_of
 from tests.tiny_models import tiny_model
 from tests.unit.test_packed_attention import make_samples
@@ -126,6 +130,27 @@ def test_masters_compute_with_the_policys_own_weights(policy: str) -> None:
     plain._model.load_state_dict(served.state_dict())
     for one, other in zip(plain._logprobs(samples), masters._logprobs(samples), strict=True):
         assert (one == other).all()
+
+
+def test_what_is_gathered_is_published_where_it_was_gathered(policy: str) -> None:
+    spec = make_learner(policy, True)._spec
+    dist.destroy_process_group()
+    learner = PolicyLearner(replace(spec, weights=WeightSpec("shared_memory")))
+    for step in (1, 2, 3):
+        learner.update(make_samples(step), step)
+        learner.gather()
+        handle, expected = learner.weights(step), weights_of(learner)
+        payload = handle.frames[0].payload
+        assert isinstance(payload, FollowedPayload)
+        arrays = payload.receive(10.0)
+        payload.follow(Share(), True, 10.0)
+        for tensor in handle.layout.tensors:
+            assert torch.equal(tensor.view(arrays[tensor.key]), expected[tensor.name]), tensor.name
+        sender = learner._publisher._sender
+        assert isinstance(sender, SegmentSender)
+        assert sender._home is not None
+        assert sender._current is sender._home.place, "it was copied"
+    learner._publisher.close()
 
 
 def test_masters_come_back_to_the_bit(policy: str, tmp_path: Path) -> None:
