@@ -26,19 +26,29 @@ class TreePlaces:
     parents: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixPlaces:
+    """Slots that read the start of their text in another one: slots, lengths: [S] int64, as in
+    reference.ragged_attention."""
+
+    slots: torch.Tensor
+    lengths: torch.Tensor
+
+
 @dataclass(slots=True)
 class StepPlaces:
     """Where the tokens of the current forward pass live: slots, positions: [T] int64 on the cache's device.
 
     table: the requests of the pass as the Triton kernels take them (kernels/triton/step_table.py); None for kernels
     that need positions only. tree: where a token's place in its slot need not be its position; `positions` is then its
-    place.
+    place. prefixes: where some slot reads what another one holds.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
     table: Any = None
     tree: TreePlaces | None = None
+    prefixes: PrefixPlaces | None = None
 
 
 class BlockedCache(ABC):
@@ -48,6 +58,8 @@ class BlockedCache(ABC):
     """Whether sampling runs where the logits are, without a host round trip of its own."""
     trees = True
     """Whether drafts may branch."""
+    shares_prefixes = True
+    """Whether a slot may read the start of its text in another one."""
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -70,6 +82,14 @@ class BlockedCache(ABC):
         keys[slot, :, : saved[0].shape[1]] = saved[0]
         values[slot, :, : saved[1].shape[1]] = saved[1]
 
+    def copy_prefix(self, keys: torch.Tensor, values: torch.Tensor, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of one slot to another, and nothing else."""
+        whole, rest = length // KEY_BLOCK, length % KEY_BLOCK
+        keys[target, :, :whole] = keys[source, :, :whole]
+        if rest:
+            keys[target, :, whole, :, :rest] = keys[source, :, whole, :, :rest]
+        values[target, :, :length] = values[source, :, :length]
+
     def attention(
         self,
         query: torch.Tensor,
@@ -82,7 +102,9 @@ class BlockedCache(ABC):
     ) -> torch.Tensor:
         """Attention of the step's tokens, [T, H, D]; see reference.ragged_attention."""
         tree = (None, None) if places.tree is None else (places.tree.positions, places.tree.parents)
-        return self.ragged_attention(query, keys, values, places.slots, places.positions, scale, window, softcap, *tree)
+        shared = (None, None) if places.prefixes is None else (places.prefixes.slots, places.prefixes.lengths)
+        where = places.slots, places.positions
+        return self.ragged_attention(query, keys, values, *where, scale, window, softcap, *tree, *shared)
 
     @abstractmethod
     def ragged_attention(
@@ -97,5 +119,7 @@ class BlockedCache(ABC):
         softcap: float = 0.0,
         positions: torch.Tensor | None = None,
         parents: torch.Tensor | None = None,
+        prefix_slots: torch.Tensor | None = None,
+        prefix_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See reference.ragged_attention."""

@@ -30,7 +30,8 @@ class KernelSet(Protocol):
     """The kernels of one engine; shapes as in kernels/reference.py, cache operations as in cache_layout.py.
 
     on_device: sampling runs where the logits are, and attention takes the step's table. own_threads: see NativeKernels.
-    trees: drafts may branch; without it the engine asks for chains.
+    trees: drafts may branch; without it the engine asks for chains. shares_prefixes: a slot may read the start of its
+    text in another one; without it the engine copies.
     """
 
     name: str
@@ -38,6 +39,7 @@ class KernelSet(Protocol):
     on_device: bool
     own_threads: bool
     trees: bool
+    shares_prefixes: bool
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -49,6 +51,9 @@ class KernelSet(Protocol):
 
     def restore(self, keys: torch.Tensor, values: torch.Tensor, slot: int, saved: LayerCache) -> None:
         """See BlockedCache.restore."""
+
+    def copy_prefix(self, keys: torch.Tensor, values: torch.Tensor, source: int, target: int, length: int) -> None:
+        """See BlockedCache.copy_prefix."""
 
     def adopt(self, model: nn.Module) -> None:
         """Takes over the layers of the model that these kernels compute."""

@@ -106,8 +106,11 @@ class NativeKernels(BlockedCache):
         softcap: float = 0.0,
         positions: torch.Tensor | None = None,
         parents: torch.Tensor | None = None,
+        prefix_slots: torch.Tensor | None = None,
+        prefix_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of packed tokens, bit-equal for every batch they come in, and for trees and chains."""
+        """Attention of packed tokens, bit-equal for every batch they come in, for trees and chains, and wherever a
+        prefix lies."""
         out = torch.empty(query.shape)
         _native.ragged_attention(
             _rows(query),
@@ -122,6 +125,8 @@ class NativeKernels(BlockedCache):
             self.context,
             None if positions is None else positions.numpy(),
             None if parents is None else parents.numpy(),
+            None if prefix_slots is None else prefix_slots.numpy(),
+            None if prefix_lens is None else prefix_lens.numpy(),
         )
         return out.to(query.dtype)
 

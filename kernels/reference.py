@@ -239,6 +239,8 @@ def ragged_attention(
     softcap: float = 0.0,
     positions: torch.Tensor | None = None,
     parents: torch.Tensor | None = None,
+    prefix_slots: torch.Tensor | None = None,
+    prefix_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of T packed tokens, each over its own slot.
 
@@ -248,6 +250,9 @@ def ragged_attention(
 
     A token's position is its place, but in draft trees: there positions and parents are [T] int64, parents the token
     before, in this pass, of each token whose place is not its position; a token attends to its path.
+
+    prefix_slots, prefix_lens: [S] int64, or None for no sharing: a slot reads positions below prefix_lens in the slot
+    prefix_slots, whose they are; its own tokens lie behind them.
     """
     num_tokens, num_heads, head_dim = query.shape
     kv_heads = keys.shape[1]
@@ -255,6 +260,11 @@ def ragged_attention(
     furthest = int(places.max()) + 1
     blocks = keys[slots, :, : -(-furthest // KEY_BLOCK)]
     by_position, read = blocks.transpose(2, 3).flatten(3)[..., :furthest], values[slots, :, :furthest]
+    if prefix_slots is not None and prefix_lens is not None:
+        owners, inside = prefix_slots[slots], torch.arange(furthest, device=slots.device) < prefix_lens[slots, None]
+        theirs = keys[owners, :, : -(-furthest // KEY_BLOCK)].transpose(2, 3).flatten(3)[..., :furthest]
+        by_position = torch.where(inside[:, None, None, :], theirs, by_position)
+        read = torch.where(inside[:, None, :, None], values[owners, :, :furthest], read)
     if positions is None or parents is None:
         positions, longest = places, furthest
     else:

@@ -28,7 +28,9 @@ class EngineStats:
 
     Seconds are wall time inside `step`: forward_s in the model, sample_s in sampling and verification (on a GPU both
     are in forward_s, with what the host does meanwhile), draft_s in the drafter and the budget, other_s the rest.
-    graph_steps: passes that were a CUDA graph's. invalid_drafts: drafts cut at a token outside the vocabulary.
+    graph_steps: passes that were a CUDA graph's. prefill_tokens: prompt tokens computed; shared_prompt_tokens: those
+    that a sample reads where another one's slot holds them; copied_prompt_tokens: those brought to another slot.
+    invalid_drafts: drafts cut at a token outside the vocabulary.
     drafted_by_source and accepted_by_source: tokens per source name.
     """
 
@@ -36,6 +38,8 @@ class EngineStats:
     graph_steps: int = 0
     live_sum: int = 0
     prefill_tokens: int = 0
+    shared_prompt_tokens: int = 0
+    copied_prompt_tokens: int = 0
     forward_tokens: int = 0
     generated_tokens: int = 0
     finished: int = 0

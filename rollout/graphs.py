@@ -138,7 +138,7 @@ class StaticRunner:
     def launch(self, plan: StepPlan, rows: SamplingRows) -> None:
         """Fills and copies the step's buffer and starts its pass; returns without waiting for the device."""
         started = time.perf_counter()
-        step = make_step(plan, rows, self._policy, self._max_requests)
+        step = make_step(plan, rows, self._policy, self._max_requests, self._cache.prefix_arrays)
         program = self._programs.get(step.bucket) or self._new_program(step.bucket)
         step.write(program.host, self._spare_slot, self._cache.max_len)
         size = program.num_bytes

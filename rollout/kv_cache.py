@@ -1,7 +1,8 @@
 """A slot KV cache behind transformers' public Cache interface, written in place.
 
 Invariants
-- One slot holds one live request; a token's place is (slot, position) and is written before it is read.
+- One slot holds one live request; a token's place is (slot, position) and is written before it is read. A slot may
+  read the start of its text in another one, whose tokens there nobody writes while it does.
 - Rewinding is free: what lies beyond a request's length is never attended to, so rejected drafts need no clearing.
 - What was accepted of a draft tree moves to the places that are its positions (`move`) before the next pass.
 - The cache keeps every position, also for sliding-window layers (the window is applied by the attention), so a
@@ -18,7 +19,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from slipstream.kernels.cache_layout import LayerCache, StepPlaces
+from slipstream.kernels.cache_layout import LayerCache, PrefixPlaces, StepPlaces
 from slipstream.kernels.dispatch import KernelSet
 
 ATTENTION_NAME = "slipstream_ragged"
@@ -82,16 +83,47 @@ class SlotKVCache(Cache):
         empty = torch.zeros(0, dtype=torch.int64)
         self.places = StepPlaces(empty, empty)
         self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        # By slot: where the start of its text lies, if not in itself, and how long that is.
+        self.prefix_arrays = np.arange(num_slots), np.zeros(num_slots, np.int64)
+        self._prefix_places = PrefixPlaces(*map(torch.from_numpy, self.prefix_arrays))
+        self._num_sharing = 0
         super().__init__(layers=list(self.slot_layers))
 
+    @property
+    def prefixes(self) -> PrefixPlaces | None:
+        """Which slots read the start of their text elsewhere, if any do; always the same tensors."""
+        return self._prefix_places if self._num_sharing else None
+
+    def share(self, slot: int, owner: int, length: int) -> None:
+        """From now on `slot` reads its first `length` positions in `owner`, which holds them itself."""
+        self.unshare(slot)
+        owners, lengths = self.prefix_arrays
+        owners[slot], lengths[slot] = owner, length
+        self._num_sharing += length > 0
+
+    def unshare(self, slot: int) -> None:
+        """From now on `slot` reads nothing but itself."""
+        owners, lengths = self.prefix_arrays
+        self._num_sharing -= bool(lengths[slot] > 0)
+        owners[slot], lengths[slot] = slot, 0
+
+    def owner(self, slot: int) -> int:
+        """Where the start of the slot's text lies."""
+        return int(self.prefix_arrays[0][slot])
+
     def snapshot(self, slot: int, length: int) -> list[LayerCache]:
-        """A copy of at least the first `length` positions of a slot: the shared prefix of a group."""
+        """A copy of at least the first `length` positions that a slot itself holds."""
         return [self.kernels.snapshot(*layer.stored, slot, length) for layer in self.slot_layers]
 
     def restore(self, slot: int, prefix: list[LayerCache]) -> None:
         """Writes a snapshot to the start of a slot."""
         for layer, saved in zip(self.slot_layers, prefix, strict=True):
             self.kernels.restore(*layer.stored, slot, saved)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions that one slot itself holds to another, in all layers."""
+        for layer in self.slot_layers:
+            self.kernels.copy_prefix(*layer.stored, source, target, length)
 
     def move(self, slots: np.ndarray, source: np.ndarray, target: np.ndarray) -> None:
         """Brings tokens to other places of their slots, in all layers. [n] int64 each."""

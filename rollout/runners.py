@@ -51,7 +51,7 @@ def forward(
     model: Any, cache: SlotKVCache, token_ids: torch.Tensor, places: StepPlaces, logit_rows: torch.Tensor
 ) -> torch.Tensor:
     """Logits [R, V] of the packed rows `logit_rows`. token_ids: [T] int64; logit_rows: [R] int64."""
-    cache.places = places
+    cache.places, places.prefixes = places, cache.prefixes
     positions = places.positions if places.tree is None else places.tree.positions
     output = model(
         input_ids=token_ids[None],

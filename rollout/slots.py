@@ -1,7 +1,7 @@
 """The live requests as flat arrays, so that a step needs no Python per request.
 
 Invariants
-- A slot is free or holds one request; `order` lists the taken slots in order of admission.
+- A slot is free or taken, and holds a request only if taken; `order` lists those with requests in order of admission.
 - tokens[s, :length[s]] is prompt plus response; 0 <= cached[s] < length[s]: the keys and values of the first
   cached[s] tokens are in the cache, the others are pending.
 - What lies beyond length[s] in any array is scratch (draft tokens are written there before they are verified).
@@ -48,12 +48,19 @@ class SlotTable:
 
     @property
     def num_free(self) -> int:
-        """Slots without a request."""
+        """Slots that nobody has taken."""
         return len(self._free)
 
-    def admit(self, request: Request) -> int:
-        """Takes a free slot for `request`, nothing cached yet; returns the slot."""
-        slot = self._free.pop()
+    def take(self) -> int:
+        """A free slot, which is not free any more."""
+        return self._free.pop()
+
+    def free(self, slot: int) -> None:
+        """A slot without a request is free again."""
+        self._free.append(slot)
+
+    def admit(self, request: Request, slot: int) -> None:
+        """`request` holds the slot that was taken; nothing is cached yet."""
         prompt_len, prefill_len = len(request.prompt), len(request.prefill)
         sampling = request.sampling
         self.requests[slot] = request
@@ -75,7 +82,10 @@ class SlotTable:
         for counter in (self.rounds, self.drafted, self.accepted):
             counter[slot] = 0
         self._spent_before[slot] = self._spent
-        return slot
+
+    def num_pending(self) -> int:
+        """Tokens of live requests whose keys and values are not in the cache."""
+        return int((self.length[self.order] - self.cached[self.order]).sum())
 
     def spend(self, draft_s: float, verify_s: float) -> None:
         """Every live request took part in a step and spent this much on it."""
@@ -118,7 +128,7 @@ class SlotTable:
         )
 
     def retire(self, slot: int, finish: FinishReason, error: str = "") -> Rollout:
-        """Frees the slot and returns what it holds as a rollout."""
+        """Takes the request from the slot, which stays taken, and returns what it holds as a rollout."""
         request = self._request(slot)
         first, last = self.prompt_len.item(slot) + len(request.prefill), self.length.item(slot)
         accepted = self.accepted[slot].tolist()
@@ -142,7 +152,6 @@ class SlotTable:
         self.requests[slot] = None
         del self.slot_of[request.uid]
         self.order = self.order[self.order != slot]
-        self._free.append(slot)
         return rollout
 
     def _request(self, slot: int) -> Request:

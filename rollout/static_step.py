@@ -78,7 +78,8 @@ def _fields(bucket: Bucket) -> list[tuple[str, int, type[np.generic]]]:
     wide: list[tuple[str, int]] = [("token_ids", tokens), ("positions", tokens), ("slots", tokens)]
     wide += [("logit_rows", rows), ("row_offsets", requests + 1), ("seed", requests), ("uid", requests)]
     narrow: list[tuple[str, int]] = [(name, tokens) for name in ("token_request", "ancestors", "depth")]
-    narrow += [(name, requests) for name in ("slot", "context_len", "position", "top_k", "remaining")]
+    per_request = ("slot", "context_len", "prefix_slot", "prefix_len", "position", "top_k", "remaining")
+    narrow += [(name, requests) for name in per_request]
     narrow += [("query_offsets", requests + 1), ("work", 4 * bucket.splits), ("spans", 3 * requests)]
     narrow += [("row_drafts", rows), ("stop_offsets", requests + 1), ("stop_ids", bucket.stops)]
     real = [("temperature", requests), ("top_p", requests)]
@@ -129,8 +130,15 @@ class StaticStep:
         host["positions"][used:] = np.arange(self.bucket.tokens - used) % max_len
 
 
-def make_step(plan: StepPlan, rows: SamplingRows, policy: SplitPolicy, max_requests: int) -> StaticStep:
-    """Chooses the smallest bucket for a plan. max_requests: no bucket of decoding passes needs more requests."""
+def make_step(
+    plan: StepPlan,
+    rows: SamplingRows,
+    policy: SplitPolicy,
+    max_requests: int,
+    prefixes: tuple[np.ndarray, np.ndarray],
+) -> StaticStep:
+    """Chooses the smallest bucket for a plan. max_requests: no bucket of decoding passes needs more requests; prefixes:
+    by slot, where its prefix lies and how long that is, as in SlotKVCache."""
     num_tokens, num_rows = int(plan.widths.sum()), len(plan.row_drafts)
     first = np.cumsum(plan.widths) - plan.widths
     owner, contexts, widths = chain_pieces(plan.positions[first], plan.widths)
@@ -151,6 +159,8 @@ def make_step(plan: StepPlan, rows: SamplingRows, policy: SplitPolicy, max_reque
         "row_offsets": plan.row_offsets,
         "row_drafts": plan.row_drafts,
         "slot": plan.live_slots[owner],
+        "prefix_slot": prefixes[0][plan.live_slots[owner]],
+        "prefix_len": prefixes[1][plan.live_slots[owner]],
         "context_len": contexts,
         "query_offsets": query_offsets,
         "work": splits.work,

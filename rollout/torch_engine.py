@@ -94,7 +94,9 @@ class TorchEngine:
         self.table = SlotTable(max_live_requests, self.max_len)
         options = RunnerOptions(cuda_graphs, compile, batch_invariant)
         self.runner, self.runner_reason = make_runner(self.model, self.cache, self.kernels, options)
-        self.prefixes = PrefixStore(self.table, self.cache)
+        # The plain twins on a GPU have their places from the host.
+        shares = self.kernels.shares_prefixes and (self.kernels.on_device or self.device.type == "cpu")
+        self.prefixes = PrefixStore(self.table, self.cache, shares)
         self._books = make_books(self.kernels)
         self._queue: deque[Request] = deque()
         self._queued_uids: set[int] = set()
@@ -156,15 +158,19 @@ class TorchEngine:
         return len(self.table.order)
 
     def _admit(self) -> None:
+        if not (self.admitting and self._queue and self.prefixes.num_free):
+            return
         waiting: list[Request] = []
-        while self.admitting and self._queue and self.table.num_free:
+        self.prefixes.begin_pass()
+        # What is left of the pass once all that is pending is in it.
+        room = self.max_forward_tokens - self.table.num_pending()
+        while self._queue and self.prefixes.num_free:
             request = self._queue.popleft()
-            if self.prefixes.must_wait(request):
+            if self.prefixes.must_wait(request, room):
                 waiting.append(request)
                 continue
-            slot = self.table.admit(request)
-            self.prefixes.attach(request, slot)
-            self.prefixes.dequeue(request)
+            slot = self.prefixes.admit(request)
+            room -= int(self.table.length[slot] - self.table.cached[slot])
             self._queued_uids.discard(request.uid)
             if self.drafter is not None:
                 self.drafter.begin(request.uid, request.prompt_id, request.prompt)
@@ -172,6 +178,9 @@ class TorchEngine:
                     live = self.table.live_batch(np.array([slot]))
                     self.drafter.extend(live, Ragged(request.prefill, np.array([0, len(request.prefill)])))
         self._queue.extendleft(reversed(waiting))
+        shared, copied = self.prefixes.take_counts()
+        self._stats.shared_prompt_tokens += shared
+        self._stats.copied_prompt_tokens += copied
 
     # ---- one step
 
@@ -280,7 +289,7 @@ class TorchEngine:
 
     def _release(self, slot: int, reason: FinishReason, error: str = "") -> Rollout:
         self._extend_late()
-        self.prefixes.before_retire(slot)
+        self.prefixes.leave(slot)
         rollout = self.table.retire(slot, reason, error)
         if self.drafter is not None:
             self.drafter.end(rollout.request.uid, finished=reason in ("stop", "length"))
@@ -330,6 +339,7 @@ class TorchEngine:
 
     def recompute_live(self) -> None:
         """Drops the keys and values of the live requests: they are computed again, under the weights served now."""
+        self.prefixes.restart()
         self.table.cached[self.table.order] = 0
 
     def update_draft(self, weights: Mapping[str, torch.Tensor], version: int) -> None:

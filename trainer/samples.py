@@ -166,6 +166,8 @@ def speculation_metrics(rollouts: Sequence[Rollout], stats: Sequence[EngineStats
         "das/accepted": float(accepted),
         "das/accepted_per_round": accepted / rounds if rounds else 0.0,
         "das/invalid_drafts": float(sum(s.invalid_drafts for s in stats)),
+        "das/shared_prompt_tokens": float(sum(s.shared_prompt_tokens for s in stats)),
+        "das/copied_prompt_tokens": float(sum(s.copied_prompt_tokens for s in stats)),
         "das/engine_steps": float(max((s.steps for s in stats), default=0)),
         "rollout/spec_accept_length": float(np.mean([1 + r.spec.accepted / max(1, r.spec.rounds) for r in rollouts])),
     }

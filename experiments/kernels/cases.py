@@ -84,7 +84,8 @@ def device_step(
     num_requests: int, width: int, context: int, policy: SplitPolicy, device: torch.device
 ) -> tuple[int, int, dict[str, torch.Tensor]]:
     """(width bucket, scratch tokens, inputs on the device) of decode_plan."""
-    step = make_step(*decode_plan(num_requests, width, context), policy, num_requests)
+    prefixes = np.arange(num_requests), np.zeros(num_requests, np.int64)
+    step = make_step(*decode_plan(num_requests, width, context), policy, num_requests, prefixes)
     host = torch.zeros(bucket_bytes(step.bucket), dtype=torch.uint8)
     step.write({name: view.numpy() for name, view in bucket_views(step.bucket, host).items()}, 0, context + width)
     return step.bucket.width, step.bucket.splits * step.bucket.width, bucket_views(step.bucket, host.to(device))

@@ -78,10 +78,22 @@ struct AttentionArgs {
   const int64_t *slots, *places;       // [num_tokens]
   const int64_t *positions, *parents;  // [num_tokens], null without trees; parents: the token before, in this pass, of
                                        // every token whose place is not its position
+  const int64_t *prefix_slots, *prefix_lens;  // [slots], null: every slot reads its own; else it reads positions below
+                                              // prefix_lens[slot] where prefix_slots[slot] has them
   float scale, softcap;                // softcap 0: none
   int64_t window;                      // 0: unbounded
   float* out;                          // [num_tokens, num_heads, head_dim]
 };
+
+// Where a key-value head of a slot begins, and of the slot that holds its first `shared` positions.
+struct HeadBase {
+  int64_t own, prefix, shared;
+};
+
+inline HeadBase head_base(const AttentionArgs& a, int64_t slot, int64_t head) {
+  const int64_t own = a.shape.head_at(slot, head), shared = a.prefix_lens ? a.prefix_lens[slot] : 0;
+  return {own, shared > 0 ? a.shape.head_at(a.prefix_slots[slot], head) : own, shared};
+}
 
 // Follows the tree back from a token until places are positions again; returns the first position that is not.
 inline int64_t find_back(const AttentionArgs& a, int64_t token, std::vector<int64_t>& back) {

@@ -36,6 +36,16 @@ static void check_places(const CacheShape& s, const In<int64_t>& slots, const In
             "a slot or position is outside the cache");
 }
 
+static void check_prefixes(const CacheShape& s, const In<int64_t>& slots, const In<int64_t>& places,
+                           const In<int64_t>& prefix_slots, const In<int64_t>& prefix_lens) {
+  require(prefix_slots.size() == s.slots && prefix_lens.size() == s.slots, "prefixes must have one entry a slot");
+  for (int64_t t = 0; t < slots.size(); ++t) {
+    const int64_t owner = prefix_slots.data()[slots.data()[t]], length = prefix_lens.data()[slots.data()[t]];
+    require(owner >= 0 && owner < s.slots, "a prefix outside the cache");
+    require(length >= 0 && length <= places.data()[t], "a token that lies in the prefix of its slot");
+  }
+}
+
 // Every token whose place is not its position has a token before it in the pass, at the position before.
 static void check_tree(const In<int64_t>& slots, const In<int64_t>& places, const In<int64_t>& positions,
                        const In<int64_t>& parents) {
@@ -82,7 +92,8 @@ static void bind_attention(py::module_& m) {
   m.def("ragged_attention", [](py::array_t<float> query, In<float> keys, In<float> values, In<int64_t> slots,
                                In<int64_t> places, float scale, int64_t window, float softcap, In<float> out,
                                Context& context, std::optional<In<int64_t>> positions,
-                               std::optional<In<int64_t>> parents) {
+                               std::optional<In<int64_t>> parents, std::optional<In<int64_t>> prefix_slots,
+                               std::optional<In<int64_t>> prefix_lens) {
     const CacheShape s = cache_shape(keys, values);
     require(query.ndim() == 3 && query.shape(2) == s.head_dim && query.shape(1) % s.kv_heads == 0,
             "query must be [T, H, D] with H a multiple of Hkv");
@@ -90,15 +101,19 @@ static void bind_attention(py::module_& m) {
     check_places(s, slots, places, query.shape(0));
     require(positions.has_value() == parents.has_value(), "positions and parents come together");
     if (positions) check_tree(slots, places, *positions, *parents);
+    require(prefix_slots.has_value() == prefix_lens.has_value(), "prefix_slots and prefix_lens come together");
+    if (prefix_slots) check_prefixes(s, slots, places, *prefix_slots, *prefix_lens);
     const Rows rows = rows_of(query, query.shape(0), query.shape(1), s.head_dim, "query must be [T, H, D]");
     const AttentionArgs args{s, query.shape(0), query.shape(1), rows, keys.data(), values.data(), slots.data(),
                              places.data(), positions ? positions->data() : nullptr,
-                             parents ? parents->data() : nullptr, scale, softcap, window, out.mutable_data()};
+                             parents ? parents->data() : nullptr, prefix_slots ? prefix_slots->data() : nullptr,
+                             prefix_lens ? prefix_lens->data() : nullptr, scale, softcap, window, out.mutable_data()};
     py::gil_scoped_release release;
     ragged_attention(context.isa, &context.threads, args);
   }, py::arg("query").noconvert(), py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots"),
      py::arg("places"), py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("out").noconvert(),
-     py::arg("context"), py::arg("positions") = py::none(), py::arg("parents") = py::none());
+     py::arg("context"), py::arg("positions") = py::none(), py::arg("parents") = py::none(),
+     py::arg("prefix_slots") = py::none(), py::arg("prefix_lens") = py::none());
 }
 
 // Numpy has no bfloat16: such arrays come as int16 of the same bits.

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from slipstream.kernels.split_plan import MAX_WIDTH, plan_splits
 
-TABLE_PARTS = ("slot", "query_offsets", "context_len", "ancestors", "depth", "token_request")
+TABLE_PARTS: tuple[str, ...] = ("slot", "query_offsets", "context_len", "ancestors", "depth", "token_request")
 
 
 def from_blocked_keys(blocked: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,8 @@ class RequestTable:
     """One step's requests, checked and on the device; made once by request_table and used for every layer.
 
     slot, context_len: [B]; query_offsets: [B + 1]; ancestors, depth, token_request: [T], all int32 on the device.
-    contexts, widths: [B] int64 on the host.
+    contexts, widths: [B] int64 on the host. prefix_slot, prefix_len: [B] int32 on the device, or None: a request's
+    first prefix_len keys lie in prefix_slot.
     """
 
     slot: torch.Tensor
@@ -90,6 +91,8 @@ class RequestTable:
     contexts: np.ndarray
     widths: np.ndarray
     num_slots_used: int
+    prefix_slot: torch.Tensor | None = None
+    prefix_len: torch.Tensor | None = None
     _schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
 
     def first_keys(self, window: int) -> np.ndarray:
@@ -114,12 +117,14 @@ def request_table(
     context_len: torch.Tensor,
     parents: torch.Tensor | None = None,
     device: torch.device | str | None = None,
+    prefixes: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> RequestTable:
     """Checks and uploads the requests of one step (tensors on a GPU are read back once).
 
     slot: [B]; query_offsets: [B + 1], 1 to 32 query tokens per request; context_len: [B], valid keys before the first
     query token; parents: [T], -1 or an earlier node of the same request (None: chains). device: where the cache is,
-    default that of slot. A prompt chunk goes in as several requests with one slot and growing context_len. Raises
+    default that of slot. prefixes: (slots, lengths), [B] each: whose keys the start of a context is, and how long that
+    is. A prompt chunk goes in as several requests with one slot and growing context_len. Raises
     ValueError with argument, value and what is allowed.
     """
     device = slot.device if device is None else torch.device(device)
@@ -144,10 +149,15 @@ def request_table(
         raise ValueError(f"parents: {before[t]} of token {node[t]}; allowed: -1 to {node[t] - 1}")
     masks = ancestor_masks(torch.from_numpy(before), torch.from_numpy(offsets)).numpy()
     depth = ((masks[:, None] >> np.arange(MAX_WIDTH)) & 1).sum(1) - 1
-    parts = [slots, offsets, contexts, masks, depth, token_request]
+    parts, names, used = [slots, offsets, contexts, masks, depth, token_request], TABLE_PARTS, slots
+    if prefixes is not None:
+        owners, lengths = (np.asarray(t.cpu(), np.int64) for t in prefixes)
+        for i in np.flatnonzero((owners < 0) | (lengths < 0) | (lengths > contexts)):
+            raise ValueError(f"prefixes: {lengths[i]} keys of slot {owners[i]}; allowed: up to {contexts[i]} of a slot")
+        parts, names, used = [*parts, owners, lengths], (*names, "prefix_slot", "prefix_len"), np.append(slots, owners)
     packed = torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
-    views = dict(zip(TABLE_PARTS, packed.split([len(part) for part in parts]), strict=True))
-    return RequestTable(**views, contexts=contexts, widths=widths, num_slots_used=int(slots.max(initial=-1)) + 1)
+    views = dict(zip(names, packed.split([len(part) for part in parts]), strict=True))
+    return RequestTable(**views, contexts=contexts, widths=widths, num_slots_used=int(used.max(initial=-1)) + 1)
 
 
 @triton.jit

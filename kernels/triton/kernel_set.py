@@ -25,6 +25,7 @@ class TritonKernels:
     name = "triton"
     on_device = True
     trees = False
+    shares_prefixes = True
     own_threads = False
 
     def __init__(self, reason: str) -> None:
@@ -54,6 +55,11 @@ class TritonKernels:
         """Writes a snapshot to the start of a slot."""
         keys[slot, :, : saved[0].shape[1]] = saved[0]
         values[slot, :, : saved[1].shape[1]] = saved[1]
+
+    def copy_prefix(self, keys: torch.Tensor, values: torch.Tensor, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of one slot to another, and nothing else."""
+        keys[target, :, :length] = keys[source, :, :length]
+        values[target, :, :length] = values[source, :, :length]
 
     def append_kv(
         self,

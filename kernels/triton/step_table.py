@@ -22,13 +22,15 @@ from slipstream.kernels.triton.verify_attention import launch, tile_shape
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTable:
-    """slot, context_len: [B]; query_offsets: [B + 1]; ancestors, depth, token_request: [T]; work: [N, 4] and spans:
-    [B, 3] as in split_plan.SplitPlan, all int32 on the device. width: the widest request that the table holds;
-    scratch_tokens: capacity for query tokens times splits; batch_invariant as in verify_attention.
+    """slot, context_len, prefix_slot, prefix_len: [B]; query_offsets: [B + 1]; ancestors, depth, token_request: [T];
+    work: [N, 4] and spans: [B, 3] as in split_plan.SplitPlan, all int32 on the device. width: the widest request that
+    the table holds; scratch_tokens: capacity for query tokens times splits; batch_invariant as in verify_attention.
     """
 
     slot: torch.Tensor
     context_len: torch.Tensor
+    prefix_slot: torch.Tensor
+    prefix_len: torch.Tensor
     query_offsets: torch.Tensor
     ancestors: torch.Tensor
     depth: torch.Tensor

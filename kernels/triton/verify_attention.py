@@ -2,7 +2,8 @@
 
 Invariants
 - Cache layout as in append_kv.py: keys and values [slots, Hkv, L, D]. The query tokens' own keys and values are already
-  there, at positions context_len + node; for chains that is plain causality.
+  there, at positions context_len + node; for chains that is plain causality. A request may read the start of its
+  context in another slot: only the address of a key changes.
 - The rows of one tile are all query heads of a key-value head times the query tokens, so keys are read from memory once
   for all of them (when they do not fit one tile, neighbouring programs read the same keys through the L2 cache).
 - Scores, softmax and sums are float32; the keys are split over programs and the parts are combined in a fixed order.
@@ -72,9 +73,10 @@ def _accumulate(
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    SHARED: tl.constexpr,
 ) -> tl.tuple:
     """Online softmax over keys low .. high - 1: unnormalised sums [M, D], peaks [M] (base 2) and weights' sums [M]."""
-    key_tile, value_tile, key_row, value_row = cache
+    key_tile, value_tile, key_row, value_row, shared, key_shift, value_shift = cache
     context, own, floor, depths = sight
     near, lane = tl.arange(0, BLOCK_N), tl.arange(0, q.shape[1])
     peak = tl.full((q.shape[0],), float("-inf"), tl.float32)
@@ -83,7 +85,11 @@ def _accumulate(
     for at in range(low, high, BLOCK_N):
         column = at + near
         valid = column < high
-        k = tl.load(key_tile + at * key_row, mask=valid[None, :] & (lane < HEAD_DIM)[:, None], other=0.0)
+        key_at, value_at = key_tile + at * key_row, value_tile + at * value_row
+        if SHARED:
+            key_at += tl.where(column < shared, key_shift, 0)[None, :]
+            value_at += tl.where(column < shared, value_shift, 0)[:, None]
+        k = tl.load(key_at, mask=valid[None, :] & (lane < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scales[0]
         if SOFTCAPPED:
             scores = scales[1] * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))
@@ -100,7 +106,7 @@ def _accumulate(
         fade = tl.exp2(peak - pivot)
         weights = tl.exp2(scores - pivot[:, None])
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(value_tile + at * value_row, mask=valid[:, None] & (lane < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(value_at, mask=valid[:, None] & (lane < HEAD_DIM)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype).to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total
@@ -131,10 +137,11 @@ def _attend_kernel(
     TILES: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    SHARED: tl.constexpr,
     SINGLE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ) -> None:
-    slots, offsets, context_len, ancestors, depths = tables
+    slots, offsets, context_len, ancestors, depths, prefix_slots, prefix_lens = tables
     item, tile, kv_head = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     request, low, high = tl.load(work + item * 4), tl.load(work + item * 4 + 1), tl.load(work + item * 4 + 2)
     if request < 0:
@@ -151,20 +158,22 @@ def _attend_kernel(
     if WINDOWED:
         low = tl.maximum(low, tl.maximum(context - window + 1, 0) // BLOCK_N * BLOCK_N)
 
-    near, lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    num_heads = tl.num_programs(1) * GROUP
+    near, lane, num_heads = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.num_programs(1) * GROUP
     place = ((start + node).to(tl.int64) * num_heads + head)[:, None] * HEAD_DIM + lane[None, :]
     mask = live[:, None] & (lane < HEAD_DIM)[None, :]
     q = tl.load(query + place, mask=mask, other=0.0).to(DOT_DTYPE)
     slot, kv_head = tl.load(slots + request).to(tl.int64), kv_head.to(tl.int64)
     key_row, value_row = slot * 0 + key_strides[2], slot * 0 + value_strides[2]
-    key_tile = keys + slot * key_strides[0] + kv_head * key_strides[1] + near[None, :] * key_row + lane[:, None]
-    value_tile = (
-        values + slot * value_strides[0] + kv_head * value_strides[1] + near[:, None] * value_row + lane[None, :]
-    )
-    cache, sight = (key_tile, value_tile, key_row, value_row), (context, own, floor, depths + start)
-    scales = (inner_scale, outer_scale)
-    acc, peak, total = _accumulate(q, cache, low, high, sight, scales, HEAD_DIM, BLOCK_N, WINDOWED, SOFTCAPPED)
+    key_head = keys + slot * key_strides[0] + kv_head * key_strides[1]
+    value_head = values + slot * value_strides[0] + kv_head * value_strides[1]
+    key_tile = key_head + near[None, :] * key_row + lane[:, None]
+    value_tile = value_head + near[:, None] * value_row + lane[None, :]
+    shared, away = low * 0, slot * 0
+    if SHARED:
+        shared, away = tl.load(prefix_lens + request), tl.load(prefix_slots + request).to(tl.int64) - slot
+    cache = (key_tile, value_tile, key_row, value_row, shared, away * key_strides[0], away * value_strides[0])
+    sight, scales = (context, own, floor, depths + start), (inner_scale, outer_scale)
+    acc, peak, total = _accumulate(q, cache, low, high, sight, scales, HEAD_DIM, BLOCK_N, WINDOWED, SOFTCAPPED, SHARED)
     # The only split of a request needs no combining: the same bits, as its weight would be 1.
     if SINGLE or tl.load(spans + request * 3) == tl.load(spans + request * 3 + 1):
         total = tl.where(live, total, 1.0)
@@ -311,6 +320,7 @@ def launch(
     block_n = tile_shape(query.dtype, dim)[2]
     rows = 0 if plan.single else plan.scratch_tokens * num_heads
     scratch = torch.empty(rows * (dim + 2), dtype=torch.float32, device=query.device).split([rows * dim, rows, rows])
+    prefixes = (table.slot, table.slot) if table.prefix_slot is None else (table.prefix_slot, table.prefix_len)
     dot_dtype = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[query.dtype]
     _attend_kernel[(len(plan.work) * tiles, kv_heads)](
         query,
@@ -320,7 +330,7 @@ def launch(
         *scratch,
         plan.work,
         plan.spans,
-        (table.slot, table.query_offsets, table.context_len, table.ancestors, table.depth),
+        (table.slot, table.query_offsets, table.context_len, table.ancestors, table.depth, *prefixes),
         keys.stride()[:3],
         values.stride()[:3],
         window,
@@ -334,6 +344,7 @@ def launch(
         TILES=tiles,
         WINDOWED=window > 0,
         SOFTCAPPED=softcap > 0.0,
+        SHARED=table.prefix_slot is not None,
         SINGLE=plan.single,
         # The interpreter holds bfloat16 as integers and cannot multiply it; its products are exact in float32.
         DOT_DTYPE=tl.float32 if INTERPRETED else dot_dtype,
@@ -360,15 +371,19 @@ def verify_attention_reference(
     group = query.shape[1] // keys.shape[1]
     token = 0
     for i, (context, width) in enumerate(zip(table.contexts.tolist(), table.widths.tolist(), strict=True)):
-        slot = int(table.slot[i])
+        slot = owner = int(table.slot[i])
+        shared = 0
+        if table.prefix_slot is not None and table.prefix_len is not None:
+            owner, shared = int(table.prefix_slot[i]), int(table.prefix_len[i])
         depth = table.depth[token : token + width].tolist()
         for j in range(width):
             mask = int(table.ancestors[token + j])
             floor = context + depth[j] - window if window > 0 else -1
             seen = list(range(max(floor + 1, 0), context))
             seen += [context + n for n in range(width) if mask >> n & 1 and context + depth[n] > floor]
-            k = keys[slot][:, seen].float().repeat_interleave(group, 0)
-            v = values[slot][:, seen].float().repeat_interleave(group, 0)
+            rows = [owner if at < shared else slot for at in seen]
+            k = keys[rows, :, seen].transpose(0, 1).float().repeat_interleave(group, 0)
+            v = values[rows, :, seen].transpose(0, 1).float().repeat_interleave(group, 0)
             scores = (k @ query[token + j].float()[:, :, None])[:, :, 0] * scale
             if softcap > 0.0:
                 scores = softcap * torch.tanh(scores / softcap)

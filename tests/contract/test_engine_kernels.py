@@ -70,6 +70,8 @@ def test_every_path_draws_the_same_tokens(kernels: str, family: str, plain: dict
     assert engine.kernels.name == kernels
     assert assert_same(run(engine, few_requests()), expected) >= 12
     assert engine.stats().drafted > 0
+    assert engine.stats().shared_prompt_tokens == 2 + 36
+    assert engine.stats().copied_prompt_tokens == 0
 
 
 def test_an_engine_says_how_it_runs_its_steps() -> None:

@@ -27,7 +27,8 @@ def make_table(rng: np.random.Generator) -> SlotTable:
     table = SlotTable(NUM_SLOTS, MAX_LEN)
     for uid in range(int(rng.integers(1, NUM_SLOTS + 1))):
         prompt = rng.integers(0, VOCAB, rng.integers(1, 20)).astype(np.int32)
-        slot = table.admit(Request(uid, f"p{uid}", uid, prompt, Sampling(20)))
+        slot = table.take()
+        table.admit(Request(uid, f"p{uid}", uid, prompt, Sampling(20)), slot)
         table.cached[slot] = len(prompt) - 1 if rng.random() < 0.7 else rng.integers(0, len(prompt))
     for uid in list(table.slot_of)[:-1]:
         if rng.random() < 0.3:

@@ -78,7 +78,7 @@ class CountingBudget(PriceBudget):
 def test_a_price_stays_while_requests_only_leave_and_most_are_there() -> None:
     pricing, budget, table = Pricing(8), CountingBudget(), SlotTable(8, 64)
     for request in requests(8):
-        table.admit(request)
+        table.admit(request, table.take())
 
     def price() -> Price:
         return pricing.price(budget, table.live_batch(table.order), table, 0, AcceptanceModel())
@@ -97,7 +97,7 @@ def test_a_price_stays_while_requests_only_leave_and_most_are_there() -> None:
     assert budget.priced == [8, 5]
     # Another request in the place of one that left is no old acquaintance.
     table.retire(4, "stop")
-    table.admit(requests(9)[-1])
+    table.admit(requests(9)[-1], 4)
     assert len(price().max_draft) == 5
     assert budget.priced == [8, 5, 5]
     for _ in range(PRICE_EVERY):

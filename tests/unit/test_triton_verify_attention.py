@@ -100,6 +100,38 @@ def test_chains_equal_the_causal_reference(window: int, softcap: float) -> None:
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("window", "invariant"), [(0, True), (70, True), (0, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_a_prefix_elsewhere_is_reading_a_copy(dtype: torch.dtype, window: int, invariant: bool) -> None:
+    torch.manual_seed(4)
+    keys, values = make_cache(4, 2, 256, 32, dtype)
+    widths, contexts, slots, lengths = [1, 7, 20], [130, 90, 150], [1, 2, 3], [129, 0, 71]
+    copied = keys.clone(), values.clone()
+    for slot, length in zip(slots, lengths, strict=True):
+        for part, whole in zip((keys, values), copied, strict=True):
+            whole[slot, :, :length] = part[0, :, :length]
+            part[slot, :, :length] = torch.nan
+    query = torch.randn(sum(widths), 4, 32).to(DEVICE, dtype)
+    options = {"window": window, "softcap": 9.0, "batch_invariant": invariant, "split_keys": 64}
+    plain = make_table(widths, contexts, slots=slots)
+    offsets = torch.tensor([0, *np.cumsum(widths).tolist()])
+    prefixes = torch.zeros(3), torch.tensor(lengths)
+    table = request_table(torch.tensor(slots), offsets, torch.tensor(contexts), None, DEVICE, prefixes)
+    got = verify_attention(query, keys, values, table, 0.2, **options)
+    assert torch.equal(got, verify_attention(query, *copied, plain, 0.2, **options))
+    twin = verify_attention_reference(query, keys, values, table, 0.2, window, 9.0)
+    torch.testing.assert_close(got, twin, atol=BOUNDS[dtype], rtol=BOUNDS[dtype])
+    with pytest.raises(ValueError, match="prefixes: 131 keys of slot 0"):
+        request_table(
+            torch.tensor(slots),
+            offsets,
+            torch.tensor(contexts),
+            None,
+            DEVICE,
+            (torch.zeros(3), torch.tensor([131, 0, 0])),
+        )
+
+
 @pytest.mark.usefixtures("_rows_alike")
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 45)])
 def test_bits_depend_on_nothing_but_what_a_token_sees(dtype: torch.dtype, window: int) -> None:
