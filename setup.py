@@ -26,7 +26,13 @@ setup(
             "slipstream.kernels._native",
             [
                 str(SOURCES / name)
-                for name in ("binding.cpp", "checksum_binding.cpp", "step_binding.cpp", "suffix_binding.cpp")
+                for name in (
+                    "binding.cpp",
+                    "checksum_binding.cpp",
+                    "layers_binding.cpp",
+                    "step_binding.cpp",
+                    "suffix_binding.cpp",
+                )
             ],
             depends=sorted(str(path) for path in SOURCES.iterdir()),
             cxx_std=17,

@@ -109,6 +109,11 @@ class EngineConfig(Strict):
     kernels: Literal["auto", "native", "triton", "reference"] = Field(
         "auto", description="auto: triton on a GPU, native on the CPU in float32; reference: the plain twins."
     )
+    cpu_products: Literal["auto", "fma", "tiles"] = Field(
+        "auto",
+        description="Linear layers of the native kernels. fma: float32 multiply-adds. tiles: bfloat16 tiles, float32 "
+        "factors as sums of two, with AMX where the CPU has it. auto: tiles with AMX, else fma; all workers the same.",
+    )
     cuda_graphs: bool = Field(True, description="Replay decoding passes as CUDA graphs; without effect on the CPU.")
     compile: bool = Field(False, description="torch.compile the model's layers.")
     batch_invariant: bool = Field(

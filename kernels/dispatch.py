@@ -15,10 +15,11 @@ from torch import nn
 from slipstream.kernels import reference
 from slipstream.kernels.cache_layout import BlockedCache, LayerCache, StepPlaces
 from slipstream.kernels.native import NATIVE_ERROR
-from slipstream.kernels.native_set import NATIVE_DTYPES, NativeKernels
+from slipstream.kernels.native_set import NATIVE_DTYPES, NativeKernels, Products, best_products
 from slipstream.kernels.reference import SamplingRows, Verified
 
 KernelChoice = Literal["auto", "native", "triton", "reference"]
+ProductChoice = Literal["auto", "fma", "tiles"]
 Backend = Literal["auto", "triton", "reference"]
 
 
@@ -29,7 +30,8 @@ class KernelError(RuntimeError):
 class KernelSet(Protocol):
     """The kernels of one engine; shapes as in kernels/reference.py, cache operations as in cache_layout.py.
 
-    on_device: sampling runs where the logits are, and attention takes the step's table. own_threads: see NativeKernels.
+    products: how linear layers multiply, in a word that is equal only where the bits are. on_device: sampling runs
+    where the logits are, and attention takes the step's table. own_threads: see NativeKernels.
     trees: drafts may branch; without it the engine asks for chains. shares_prefixes: a slot may read the start of its
     text in another one; without it the engine copies.
     """
@@ -40,6 +42,10 @@ class KernelSet(Protocol):
     own_threads: bool
     trees: bool
     shares_prefixes: bool
+
+    @property
+    def products(self) -> str:
+        """See above."""
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -106,6 +112,7 @@ class ReferenceKernels(BlockedCache):
     """The plain twins, on any device and dtype."""
 
     name = "reference"
+    products = "torch"
     own_threads = False
     append_kv = staticmethod(reference.append_kv)
     move_kv = staticmethod(reference.move_kv)
@@ -129,14 +136,23 @@ class ReferenceKernels(BlockedCache):
         return reference.sample_verify(logits.float().cpu().numpy(), offsets, drafts, rows, parents)
 
 
-def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype, num_threads: int = 1) -> KernelSet:
+def select(
+    choice: KernelChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_threads: int = 1,
+    cpu_products: ProductChoice = "auto",
+) -> KernelSet:
     """The kernels for one engine: `auto` takes Triton on CUDA, C++ on the CPU in float32 and
-    bfloat16, else the plain twins. num_threads: of the C++ kernels.
+    bfloat16, else the plain twins. num_threads, cpu_products: of the C++ kernels, auto takes tiles where the CPU has
+    AMX, else fma; others ignore them.
 
     Raises KernelError when `native` or `triton` is asked for and cannot run, and ValueError for an unknown name.
     """
     if choice not in get_args(KernelChoice):
         raise ValueError(f"engine.kernels is {choice!r}; allowed: {', '.join(get_args(KernelChoice))}")
+    if cpu_products not in get_args(ProductChoice):
+        raise ValueError(f"engine.cpu_products is {cpu_products!r}; allowed: {', '.join(get_args(ProductChoice))}")
     if choice == "reference":
         return ReferenceKernels("asked for by engine.kernels=reference")
     if choice == "triton" or (choice == "auto" and device.type == "cuda"):
@@ -155,11 +171,11 @@ def select(choice: KernelChoice, device: torch.device, dtype: torch.dtype, num_t
         problem = f"native kernels need float32 or bfloat16 on the CPU, not {dtype} on {device}"
     if choice == "native" and problem:
         raise KernelError(f"engine.kernels=native: {problem}")
-    return (
-        ReferenceKernels(problem)
-        if problem
-        else NativeKernels(f"built, {str(dtype).removeprefix('torch.')} on the CPU", num_threads)
-    )
+    if problem:
+        return ReferenceKernels(problem)
+    products: Products = best_products() if cpu_products == "auto" else cpu_products
+    reason = f"built, {str(dtype).removeprefix('torch.')} on the CPU"
+    return NativeKernels(reason, num_threads, products=products)
 
 
 def _triton_problem(device: torch.device) -> str:

@@ -6,7 +6,8 @@ outputs of layers), so that a row's bits depend on nothing but the row.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,13 +19,31 @@ from slipstream.kernels.native_layers import adopt_layers
 from slipstream.kernels.packed_linear import as_numpy, pack_linears
 from slipstream.kernels.reference import SamplingRows, Verified
 
-PACKED = {} if _native is None else {torch.float32: _native.PackedLinear, torch.bfloat16: _native.PackedLinearBf16}
+Products = Literal["fma", "tiles"]
+"""How linear layers multiply. fma: one chain of fused multiply-adds in float32. tiles: 32 bfloat16 factors at a time,
+as AMX does, float32 factors as sums of two bfloat16: an error of some 1e-5 of the largest output."""
+
+PACKED: dict[tuple[Products, torch.dtype], Any] = (
+    {}
+    if _native is None
+    else {
+        ("fma", torch.float32): _native.PackedLinear,
+        ("fma", torch.bfloat16): _native.PackedLinearBf16,
+        ("tiles", torch.float32): _native.TiledLinear,
+        ("tiles", torch.bfloat16): _native.TiledLinearBf16,
+    }
+)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def new_packed(layer: nn.Linear) -> Any:
+def new_packed(layer: nn.Linear, products: Products = "fma") -> Any:
     """An empty native layer of the sizes and dtype of `layer`."""
-    return PACKED[layer.weight.dtype](layer.out_features, layer.in_features)
+    return PACKED[products, layer.weight.dtype](layer.out_features, layer.in_features)
+
+
+def best_products() -> Products:
+    """Tiles where this machine computes them with AMX; without it they cost three times what chains do."""
+    return "tiles" if _native.Context(1).amx else "fma"
 
 
 def _rows(x: torch.Tensor) -> Any:
@@ -37,15 +56,17 @@ class NativeKernels(BlockedCache):
     """C++ on the CPU, for float32 and bfloat16 models.
 
     num_threads: of attention, linear layers and sampling. isa: auto, plain, avx2 or avx512; all give the same bits.
+    products: of linear layers; each has its own bits, the same on every machine.
     """
 
     name = "native"
     own_threads = False
     """Whether all products of the model run on these kernels' threads: torch's own would only stand in their way."""
 
-    def __init__(self, reason: str, num_threads: int = 1, isa: str = "auto") -> None:
-        self.context = _native.Context(num_threads, isa=isa)
-        self.reason = f"{reason}, {self.context.isa}, {num_threads} threads"
+    def __init__(self, reason: str, num_threads: int = 1, isa: str = "auto", products: Products = "fma") -> None:
+        self.context, self.products = _native.Context(num_threads, isa=isa), products
+        unit = self.context.isa + (" and AMX" if products == "tiles" and self.context.amx else "")
+        self.reason = f"{reason}, {unit}, products by {products}, {num_threads} threads"
 
     def new_layer_cache(
         self, num_slots: int, length: int, key_states: torch.Tensor, value_states: torch.Tensor
@@ -56,7 +77,7 @@ class NativeKernels(BlockedCache):
     def adopt(self, model: nn.Module) -> None:
         """Packs the weights of the model's linear layers: once more the memory of those, for their speed."""
         adopt_layers(model, _native, self.context)
-        pack_linears(model, new_packed, self.context)
+        pack_linears(model, partial(new_packed, products=self.products), self.context)
         self.own_threads = not any(
             tensor.dim() >= 2
             for layer in model.modules()

@@ -1,8 +1,8 @@
-"""Linear layers whose rows do not know each other: the weights packed for the native kernel. Twin: reference.linear.
+"""Linear layers whose rows do not know each other: the weights packed for a native kernel. Twin: reference.linear.
 
 Invariants
 - A row of the output has the same bits whatever rows come with it: every output is one chain of fused multiply-adds
-  over the inputs in order, in float32.
+  over the inputs in order, in float32 (csrc/linear.h), or a sum of tiles of a fixed depth (csrc/tiles.h).
 - The packed copy follows the model's own weights: a call packs anew what was changed in place since the last one. What
   is written through `.data`, which torch does not count, is not seen.
 - Where gradients are wanted the layer computes as torch does.
@@ -24,7 +24,8 @@ def as_numpy(tensor: torch.Tensor) -> Any:
 
 
 class PackedLinear:
-    """Stands in for the forward of one nn.Linear on the CPU. packed: a native PackedLinear of the layer's dtype."""
+    """Stands in for the forward of one nn.Linear on the CPU. packed: a native PackedLinear or
+    TiledLinear of the layer's dtype."""
 
     def __init__(self, layer: nn.Linear, packed: Any, context: Any) -> None:
         # The layer's own tensors: reading them through the module costs more than the smallest of these products.

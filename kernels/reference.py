@@ -26,8 +26,8 @@ MASK32 = np.uint64(0xFFFFFFFF)
 KEY_BLOCK = 16
 """Positions that lie side by side in the key cache: the lanes of the native kernel."""
 
-TWIN_ROWS = 4
-"""The twin's products run on a multiple of this many rows, for which the CPU's give every row the same bits."""
+TWIN_ROWS = 16
+"""The twin's products run on so many rows at a time: how a library sums may depend on the number of rows."""
 
 FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ERROR = range(4)
 
@@ -288,8 +288,9 @@ def ragged_attention(
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias in float32, rounded once to the dtype of x. x: [..., K]; weight: [N, K]; bias: [N]."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % TWIN_ROWS))
-    out = (padded @ weight.float().T)[: len(rows)]
+    padded, factor = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % TWIN_ROWS)), weight.float().T
+    parts = [part @ factor for part in padded.split(TWIN_ROWS)]
+    out = torch.cat(parts)[: len(rows)] if parts else padded @ factor
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], len(weight))

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from slipstream.rollout.actors import ActorLost, PoolTimeout, fetch
 from slipstream.rollout.briefing import Briefing
 from slipstream.rollout.health import Health, Patience
-from slipstream.rollout.roster import PoolLimits, Roster, Worker, worker_name
+from slipstream.rollout.roster import PoolLimits, Roster, Worker, check_alike, worker_name
 from slipstream.rollout.sharing import IndexSharing
 from slipstream.rollout.stepper import InFlight
 from slipstream.rollout.weight_handle import ComingHandle, WeightHandle
@@ -116,6 +116,7 @@ class Crew:
     def _bring_up(self, worker: Worker) -> Errand:
         worker.facts = yield worker.handle.ready.remote()
         worker.node = str(worker.facts["node"])
+        check_alike(worker, self.roster)
         version = 0
         while True:
             path, told = self.sharing.path_for(worker), self.briefing.next_for(worker.known)

@@ -10,7 +10,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +65,17 @@ class Worker:
 def worker_name(number: int) -> str:
     """The name of the worker with this number."""
     return f"rollout worker {number}"
+
+
+def check_alike(worker: Worker, others: Iterable[Worker]) -> None:
+    """PoolError where a worker's products have other bits than those of the others: it would sample other tokens."""
+    for other in others:
+        mine, theirs = (one.facts.get("products") for one in (worker, other))
+        if theirs is not None and mine != theirs:
+            raise PoolError(
+                f"{worker.name} multiplies by {mine}, {other.name} by {theirs}, and a request would get other tokens "
+                "from each; allowed: one for all, as engine.cpu_products=fma makes sure"
+            )
 
 
 class Roster:

@@ -4,9 +4,9 @@ Invariants
 - One step is one forward pass over a packed sequence [1, T]: pending tokens of every live request (a prompt chunk or
   the last sampled token) followed by its draft tokens. The model sees positions; slots and causality are the cache's.
 - A runner (runners.py, graphs.py) carries the pass out; the engine's tables on the host are the same for all.
-- A request's tokens depend on its own rows only. On the CPU in float32 that holds to the bit: attention sums in a
-  fixed order and the packed length is padded to a multiple of ROW_MULTIPLE, for which matrix products give every
-  row the same bits whatever the number of rows.
+- A request's tokens depend on its own rows only. With native kernels that holds to the bit: attention and products sum
+  in a fixed order. What torch multiplies itself is packed to a multiple of ROW_MULTIPLE rows, which leaves out most of
+  the numbers of rows for which its products round differently; batch_invariant=true leaves out the rest.
 - Every submitted request leaves exactly once: as a rollout, or unstarted from `take_queued`.
 """
 
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream.drafter.base import DraftBatch, Drafter, LiveBatch, Price, Ragged
-from slipstream.kernels.dispatch import KernelChoice, select
+from slipstream.kernels.dispatch import KernelChoice, ProductChoice, select
 from slipstream.kernels.reference import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Verified
 from slipstream.rollout.acceptance import AcceptanceBuffer, AcceptanceModel, calibrates_after
 from slipstream.rollout.bookkeeping import Committed, make_books, spread
@@ -44,9 +44,10 @@ class TorchEngine:
 
     model: any causal LM of transformers whose attention goes through its attention interface.
     max_live_requests: slots of the KV cache. max_len: tokens of one request, prompt included; 0 takes the model's
-    context. max_forward_tokens: packed tokens of a pass, at least max_live_requests.
-    drafter, budget: both or neither. pricing: what the budget is shown, and what watches it. cuda_graphs, compile,
-    batch_invariant: see runner_choice.make_runner. admitting: false keeps queued requests waiting; the live go on.
+    context. max_forward_tokens: packed tokens of a pass, at least max_live_requests. kernels, cpu_products: see
+    kernels.dispatch.select. drafter, budget: both or neither. pricing: what the budget is shown, and what watches it.
+    cuda_graphs, compile, batch_invariant: see runner_choice.make_runner. admitting: false keeps queued requests
+    waiting; the live go on.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TorchEngine:
         budget: BudgetPolicy | None = None,
         max_draft_tokens: int = 32,
         kernels: KernelChoice = "auto",
+        cpu_products: ProductChoice = "auto",
         cuda_graphs: bool = True,
         compile: bool = False,
         batch_invariant: bool = False,
@@ -80,7 +82,7 @@ class TorchEngine:
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model.eval()
         self.device, self.dtype = model.device, model.dtype
-        self.kernels = select(kernels, self.device, self.dtype, torch.get_num_threads())
+        self.kernels = select(kernels, self.device, self.dtype, torch.get_num_threads(), cpu_products)
         self.kernels.adopt(self.model)
         self.vocab_size = int(config.vocab_size)
         self.max_len = max_len or context

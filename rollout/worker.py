@@ -45,6 +45,7 @@ class WorkerSpec:
     max_live_requests: int
     max_forward_tokens: int
     kernels: Any
+    cpu_products: Any
     cuda_graphs: bool
     compile: bool
     batch_invariant: bool
@@ -105,6 +106,7 @@ class RolloutWorker:
             budget=self._budget,
             max_draft_tokens=spec.max_draft_tokens,
             kernels=spec.kernels,
+            cpu_products=spec.cpu_products,
             cuda_graphs=spec.cuda_graphs,
             compile=spec.compile,
             batch_invariant=spec.batch_invariant,
@@ -121,6 +123,7 @@ class RolloutWorker:
         engine = self._engine
         return {
             "kernels": engine.kernels.name,
+            "products": engine.kernels.products,
             "reason": engine.kernels.reason,
             "steps": engine.runner_reason,
             "device": str(engine.device),

@@ -231,6 +231,7 @@ def worker_spec(settings: Settings, model_path: str, longest_prompt: int) -> Wor
         max_live_requests=engine.max_live_requests,
         max_forward_tokens=engine.max_forward_tokens,
         kernels=engine.kernels,
+        cpu_products=engine.cpu_products,
         cuda_graphs=engine.cuda_graphs,
         compile=engine.compile,
         batch_invariant=engine.batch_invariant,

@@ -27,7 +27,9 @@ HIDDEN, INNER = 896, 4864
 def native_kernels(rounds: int) -> dict[str, dict[str, Any]]:
     """Figures by kernel."""
     kernels = NativeKernels("bench", torch.get_num_threads())
-    cases = (_sample_verify(kernels), _attention(kernels), _append(kernels), _layers(kernels))
+    tiles = NativeKernels("bench", torch.get_num_threads(), products="tiles")
+    products = _products(kernels, ""), _products(tiles, "_tiles")
+    cases = (_sample_verify(kernels), _attention(kernels), _append(kernels), *products, _norm(kernels))
     # The layers serve rollouts only: where gradients are wanted they leave the work to torch.
     with torch.no_grad():
         return {
@@ -76,19 +78,22 @@ def _append(kernels: KernelSet) -> Case:
     yield "append_kv", error, call, 2 * new.nbytes, {}
 
 
-def _layers(kernels: KernelSet) -> Case:
+def _products(kernels: KernelSet, suffix: str) -> Case:
     for dtype in (torch.float32, torch.bfloat16):
         product = nn.Linear(HIDDEN, INNER, bias=False, dtype=dtype)
         kernels.adopt(product)
         x = torch.randn(NUM_TOKENS, HIDDEN).to(dtype)
         call = partial(product, x)
         yield (
-            f"linear_{str(dtype)[6:]}",
+            f"linear_{str(dtype)[6:]}{suffix}",
             largest(call(), reference.linear(x, product.weight)),
             call,
             _bytes(product),
             {},
         )
+
+
+def _norm(kernels: KernelSet) -> Case:
     norm = nn.RMSNorm(HIDDEN, eps=1e-6)
     kernels.adopt(norm)
     x = torch.randn(NUM_TOKENS, HIDDEN)

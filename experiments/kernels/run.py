@@ -17,6 +17,7 @@ from slipstream.experiments.kernels.timing import ceiling
 from slipstream.experiments.kernels.triton_errors import triton_errors
 from slipstream.experiments.kernels.triton_speed import Sizes, triton_speed
 from slipstream.kernels.dispatch import NATIVE_ERROR, pick_backend
+from slipstream.kernels.native_set import best_products
 
 NO_GPU = "not measured: no GPU"
 NO_INTERPRETER = "not run: on a CPU this needs TRITON_INTERPRET=1 in the environment"
@@ -43,7 +44,8 @@ def cpu_figures(rounds: int) -> dict[str, Any]:
     if NATIVE_ERROR:
         return {"native": f"not run: {NATIVE_ERROR}"}
     copied = ceiling(torch.device("cpu"), rounds)
-    return {"cpu_copy_gb_per_s": copied / 1e9, "native": with_shares(native_kernels(rounds), copied)}
+    amx = {"amx": best_products() == "tiles"}
+    return amx | {"cpu_copy_gb_per_s": copied / 1e9, "native": with_shares(native_kernels(rounds), copied)}
 
 
 def triton_figures(device: torch.device, rounds: int, sizes: Sizes) -> dict[str, Any]:

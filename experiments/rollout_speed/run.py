@@ -32,6 +32,7 @@ from slipstream.experiments.rollout_speed.peers import (
     trl_generate,
 )
 from slipstream.experiments.workload import Workload, open_prompts, quickstart_workload
+from slipstream.kernels.dispatch import ProductChoice
 from slipstream.rollout.acceptance import AcceptanceModel
 from slipstream.rollout.budget import PriceBudget
 from slipstream.rollout.engine import EngineStats
@@ -69,10 +70,10 @@ class Arms:
     rates: dict[str, list[float]] = field(default_factory=dict)
     stats: dict[str, EngineStats] = field(default_factory=dict)
 
-    def make_engine(self) -> TorchEngine:
-        """The engine of all our arms: its memory has been touched before anything is timed."""
+    def make_engine(self, products: ProductChoice = "auto") -> TorchEngine:
+        """The engine of our arms: its memory has been touched before anything is timed."""
         longest = max(len(request.prompt) for request in self.requests) + self.args.max_new_tokens
-        return TorchEngine(self.model(), max_live_requests=len(self.requests), max_len=longest)
+        return TorchEngine(self.model(), max_live_requests=len(self.requests), max_len=longest, cpu_products=products)
 
     def set_drafter(
         self, engine: TorchEngine, history: Sequence[HistoryRecord] | None, acceptance: AcceptanceModel | None = None
@@ -131,12 +132,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokens = [rollout.tokens for rollout in arms.time_engine("warm_up", engine)]
     lengths = [len(row) for row in tokens]
     peers = make_peers(arms, lengths)
+    # Where tiles are the default, the other way to multiply runs beside them; its tokens may differ where numbers tie.
+    fma = arms.make_engine("fma") if engine.kernels.products == "tiles" else None
+    if fma is not None:
+        sample_history(arms, fma, prompts)  # its costs are measured as those of the other engine were
     compared = different = 0
     for _ in range(args.rounds):
         # A drafter learns from what it sees: every round begins with one that has not seen this step.
         for name, past in (("off", None), ("cold", []), ("warm", history)):
             arms.set_drafter(engine, past, acceptance if past else None)
             rollouts = arms.time_engine(name, engine)
+            if fma is not None and name != "cold":
+                arms.set_drafter(fma, past, acceptance if past else None)
+                arms.time_engine(f"{name}_fma", fma)
             if past is None:
                 continue
             for mine, theirs in zip(rollouts, tokens, strict=True):
@@ -147,7 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, (count, peer) in peers.items():
             arms.rates.setdefault(name, []).append(sum(lengths[:count]) / peer())
     memory = {} if args.no_memory else cpu_memory(workload.folder)
-    return report(arms, lengths, compared, different) | memory
+    return report(arms, lengths, compared, different) | {"cpu_products": engine.kernels.products} | memory
 
 
 def sample_history(
@@ -200,7 +208,7 @@ def report(arms: Arms, lengths: list[int], compared: int, different: int) -> dic
     """The figures, by key."""
     rates = {name: values for name, values in arms.rates.items() if name != "warm_up"}
     warm, off = np.array(rates["warm"]), np.array(rates["off"])
-    peers = [name for name in rates if name not in ("off", "cold", "warm")]
+    peers = [name for name in rates if name not in ("off", "cold", "warm", "off_fma", "warm_fma")]
     stats = {name: arms.stats[name] for name in ("off", "cold", "warm")}
     return {
         "tokens_per_s": {name: float(np.median(values)) for name, values in rates.items()},
@@ -208,6 +216,11 @@ def report(arms: Arms, lengths: list[int], compared: int, different: int) -> dic
         "speedup_warm_vs": {name: float(np.median(warm / np.array(rates[name]))) for name in peers},
         "speedup_cold_vs_off": float(np.median(np.array(rates["cold"]) / off)),
         "speedup_warm_vs_off": float(np.median(warm / off)),
+        "speedup_vs_fma": {
+            name: float(np.median(np.array(rates[name]) / np.array(rates[f"{name}_fma"])))
+            for name in ("off", "warm")
+            if f"{name}_fma" in rates
+        },
         "tokens_compared": compared,
         "tokens_different": different,
         "engine_share": {name: shares(one) for name, one in stats.items()},

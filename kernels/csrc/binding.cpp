@@ -10,8 +10,6 @@
 #include "arrays.h"
 #include "attention.h"
 #include "context.h"
-#include "layers.h"
-#include "linear.h"
 #include "philox.h"
 #include "sampler.h"
 
@@ -155,63 +153,15 @@ static void bind_sample_verify(py::module_& m, const char* name) {
      py::arg("parents") = py::none(), py::arg("path").noconvert() = py::none());
 }
 
-static void bind_gate(py::module_& m) {
-  // Addresses, as for linear layers.
-  m.def("gated_linear", [](const PackedLinear<float>& gate, const PackedLinear<float>& up, uintptr_t x, int64_t rows,
-                           uintptr_t scratch, uintptr_t out, Context& context) {
-    require(gate.n() == up.n() && gate.k() == up.k(), "gate and up must have one size");
-    py::gil_scoped_release release;
-    gated_linear(context.isa, &context.threads, gate, up, reinterpret_cast<const float*>(x), rows,
-                 reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(out));
-  }, py::arg("gate"), py::arg("up"), py::arg("x"), py::arg("rows"), py::arg("scratch"), py::arg("out"),
-     py::arg("context"));
-}
-
-template <typename Stored, typename T>
-static void bind_linear(py::module_& m, const char* name) {
-  using Layer = PackedLinear<T>;
-  py::class_<Layer>(m, name)
-      .def(py::init<int64_t, int64_t>(), py::arg("n"), py::arg("k"))
-      .def("pack", [](Layer& layer, In<Stored> weight, std::optional<In<Stored>> bias) {
-        require(weight.ndim() == 2 && weight.shape(0) == layer.n() && weight.shape(1) == layer.k(), "weight must be [n, k]");
-        require(!bias || bias->size() == layer.n(), "bias must be [n]");
-        const T* given = bias ? reinterpret_cast<const T*>(bias->data()) : nullptr;
-        const T* weights = reinterpret_cast<const T*>(weight.data());
-        py::gil_scoped_release release;
-        layer.pack(weights, given);
-      }, py::arg("weight").noconvert(), py::arg("bias").noconvert())
-      // Addresses, not arrays: a step makes hundreds of these calls, and the wrapper has checked what they point to.
-      .def("forward", [](const Layer& layer, uintptr_t x, int64_t rows, uintptr_t out, Context& context) {
-        py::gil_scoped_release release;
-        layer.forward(context.isa, &context.threads, reinterpret_cast<const T*>(x), rows, reinterpret_cast<T*>(out));
-      }, py::arg("x"), py::arg("rows"), py::arg("out"), py::arg("context"));
-}
-
-static void bind_layers(py::module_& m) {
-  // Addresses, as for linear layers.
-  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, int64_t rows, int64_t dim, float epsilon, uintptr_t out,
-                       Context& context) {
-    const NormArgs args{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), rows, dim, epsilon,
-                        reinterpret_cast<float*>(out)};
-    py::gil_scoped_release release;
-    rms_norm(context.isa, &context.threads, args);
-  }, py::arg("x"), py::arg("weight"), py::arg("rows"), py::arg("dim"), py::arg("epsilon"), py::arg("out"),
-     py::arg("context"));
-  m.def("silu_mul", [](uintptr_t gate, uintptr_t up, uintptr_t out, int64_t size, Context& context) {
-    py::gil_scoped_release release;
-    silu_mul(context.isa, &context.threads, reinterpret_cast<const float*>(gate), reinterpret_cast<const float*>(up),
-             reinterpret_cast<float*>(out), size);
-  }, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("size"), py::arg("context"));
-}
-
 static void bind_context(py::module_& m) {
   py::class_<Context>(m, "Context", "Instruction set and threads that the kernels of one engine share.")
-      .def(py::init([](size_t num_threads, int spin_us, const std::string& isa) {
+      .def(py::init([](size_t num_threads, int spin_us, const std::string& isa, bool amx) {
         require(num_threads >= 1 && num_threads <= 1024, "num_threads must be 1 to 1024");
-        return std::make_unique<Context>(num_threads, spin_us, isa);
-      }), py::arg("num_threads"), py::arg("spin_us") = 100, py::arg("isa") = "auto")
+        return std::make_unique<Context>(num_threads, spin_us, isa, amx);
+      }), py::arg("num_threads"), py::arg("spin_us") = 100, py::arg("isa") = "auto", py::arg("amx") = true)
       .def_property_readonly("num_threads", [](const Context& context) { return context.threads.size(); })
-      .def_property_readonly("isa", [](const Context& context) { return isa_name(context.isa); });
+      .def_property_readonly("isa", [](const Context& context) { return isa_name(context.isa); })
+      .def_property_readonly("amx", [](const Context& context) { return context.units.tiles == TileUnit::kAmx; });
 }
 
 static void bind_sampler(py::module_& m) {
@@ -232,18 +182,16 @@ static void bind_sampler(py::module_& m) {
 
 void bind_suffix_index(py::module_& m);  // suffix_binding.cpp
 void bind_checksum(py::module_& m);      // checksum_binding.cpp
+void bind_layers(py::module_& m);        // layers_binding.cpp
 void bind_step(py::module_& m);          // step_binding.cpp
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels; each has its plain twin in slipstream.kernels.reference.";
   bind_context(m);
   bind_attention(m);
-  bind_layers(m);
-  bind_linear<float, float>(m, "PackedLinear");
-  bind_linear<int16_t, Bf16>(m, "PackedLinearBf16");
-  bind_gate(m);
   bind_sampler(m);
   bind_suffix_index(m);
   bind_checksum(m);
+  bind_layers(m);
   bind_step(m);
 }

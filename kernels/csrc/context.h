@@ -6,6 +6,7 @@
 
 #include "simd.h"
 #include "step_threads.h"
+#include "tiles_amx.h"
 
 namespace slipstream {
 
@@ -22,10 +23,14 @@ inline const char* isa_name(Isa isa) {
   return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "plain";
 }
 
+// amx: whether tiles are computed with AMX where the machine has it; isa avx512 or auto.
 struct Context {
-  Context(size_t num_threads, int spin_us, const std::string& isa_wanted)
-      : isa(isa_by_name(isa_wanted)), threads(num_threads - 1, std::chrono::microseconds(spin_us)) {}
+  Context(size_t num_threads, int spin_us, const std::string& isa_wanted, bool amx)
+      : isa(isa_by_name(isa_wanted)),
+        units{isa, amx && isa == Isa::kAvx512 && has_amx() ? TileUnit::kAmx : TileUnit::kOrdinary},
+        threads(num_threads - 1, std::chrono::microseconds(spin_us)) {}
   const Isa isa;
+  const Units units;
   StepThreads threads;
 };
 

@@ -55,6 +55,19 @@ void linear_part(Isa isa, const LinearArgs<T>& a, const LinearPart& part) {
   plain::linear_part(a, part, sums.data());
 }
 
+// task(part) for every part of a product of [rows, k] by [k, n] that is worth `work` operations for up to kTaskRows rows.
+// Parts of one size, as many for every thread.
+template <typename Task>
+void deal_parts(StepThreads* threads, int64_t n, int64_t rows, int64_t work, const Task& task) {
+  const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n);
+  const int64_t panel_tasks = task_count(threads, work, 1, panels);
+  for_each_task(threads, row_tasks * panel_tasks, [&](int64_t i) {
+    const int64_t row = i / panel_tasks * kTaskRows, part = i % panel_tasks;
+    task(LinearPart{part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,
+                    std::min(rows, row + kTaskRows)});
+  });
+}
+
 // The weights of one layer, packed. T: float or Bf16.
 template <typename T>
 class PackedLinear {
@@ -79,23 +92,22 @@ class PackedLinear {
     for_each_part(threads, 1, rows, [&](const LinearPart& part) { linear_part(isa, a, part); });
   }
 
-  // task(part) for every part of `layers` layers of this size. Parts of one size, as many for every thread.
+  // task(part) for every part of `layers` layers of this size.
   template <typename Task>
   void for_each_part(StepThreads* threads, int64_t layers, int64_t rows, const Task& task) const {
-    const int64_t row_tasks = (rows + kTaskRows - 1) / kTaskRows, panels = num_panels(n_);
-    const int64_t work = 2 * layers * std::min(rows, kTaskRows) * kPanel * k_ * panels;  // of one task of rows
-    const int64_t panel_tasks = task_count(threads, work, 1, panels);
-    for_each_task(threads, row_tasks * panel_tasks, [&](int64_t i) {
-      const int64_t row = i / panel_tasks * kTaskRows, part = i % panel_tasks;
-      task(LinearPart{part * panels / panel_tasks, (part + 1) * panels / panel_tasks, row,
-                      std::min(rows, row + kTaskRows)});
-    });
+    deal_parts(threads, n_, rows, 2 * layers * std::min(rows, kTaskRows) * kPanel * k_ * num_panels(n_), task);
   }
 
  private:
   int64_t n_, k_;
   std::vector<T> packed_, bias_;
 };
+
+// out = silu(out) * scratch in the rows and columns of a part, [rows, n].
+inline void multiply_part(Isa isa, const LinearPart& part, int64_t n, const float* scratch, float* out) {
+  const int64_t first = part.first_panel * kPanel, last = std::min(part.last_panel * kPanel, n);
+  for (int64_t r = part.begin; r < part.end; ++r) silu_mul(isa, out, scratch, out, r * n + first, r * n + last);
+}
 
 // out = silu(gate(x)) * up(x), [rows, n]: a thread takes the same columns of both and multiplies them while they are near.
 // scratch [rows, n].
@@ -105,9 +117,7 @@ inline void gated_linear(Isa isa, StepThreads* threads, const PackedLinear<float
   gate.for_each_part(threads, 2, rows, [&](const LinearPart& part) {
     linear_part(isa, left, part);
     linear_part(isa, right, part);
-    const int64_t first = part.first_panel * kPanel, last = std::min(part.last_panel * kPanel, gate.n());
-    for (int64_t r = part.begin; r < part.end; ++r)
-      silu_mul(isa, out, scratch, out, r * gate.n() + first, r * gate.n() + last);
+    multiply_part(isa, part, gate.n(), scratch, out);
   });
 }
 

@@ -23,6 +23,7 @@ class TritonKernels:
     """On CUDA, or on the CPU through Triton's interpreter; float32, bfloat16 and float16."""
 
     name = "triton"
+    products = "triton"
     on_device = True
     trees = False
     shares_prefixes = True

@@ -87,6 +87,21 @@ def test_matches_the_model_itself(family: str, plain: dict) -> None:
         np.testing.assert_allclose(rollout.logprobs, expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("products", ["fma", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_change_nothing_however_layers_multiply(products: str, dtype: torch.dtype) -> None:
+    def make(**options: object) -> TorchEngine:
+        return TorchEngine(tiny_model("qwen3").to(dtype), max_len=160, cpu_products=products, **options)
+
+    engine = make()
+    assert engine.kernels.products == products
+    expected = run(engine, make_requests())
+    for drafter in (warm_suffix(expected), NoisyDrafter()):
+        drafting = make(drafter=drafter, budget=FixedBudget(9), max_live_requests=7)
+        assert assert_same(run(drafting, make_requests()), expected, atol=0.0) >= 2000
+        assert drafting.stats().drafted > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("drafter", ["suffix", "warm", "ngram", "noisy"])
 def test_drafts_change_nothing(family: str, drafter: str, plain: dict) -> None:

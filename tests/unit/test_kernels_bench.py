@@ -14,6 +14,7 @@ from slipstream.experiments.kernels import native, timing, triton_speed
 from slipstream.experiments.kernels import run as bench
 from slipstream.experiments.kernels.cases import TOY
 from slipstream.experiments.kernels.triton_errors import triton_errors
+from slipstream.kernels import _native  # type: ignore[attr-defined]
 
 TINY = triton_speed.Sizes(
     vocab=300,
@@ -36,9 +37,11 @@ def test_the_bench_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     result = bench.run(parser.parse_args(["--device", "cpu", "--rounds", "1"]))
-    layers = {"linear_float32", "linear_bfloat16", "rms_norm"}
+    products = {"linear_float32", "linear_bfloat16", "linear_float32_tiles", "linear_bfloat16_tiles"}
+    layers = products | {"rms_norm"}
     rest = {"sample_verify", "sample_verify_filtered", "ragged_attention", "append_kv"}
     assert result["native"].keys() == layers | rest
+    assert result["amx"] == _native.Context(1).amx
     for name, one in result["native"].items():
         assert one["max_error"] < (0.01 if "bfloat16" in name else 1e-4), name
         assert one["us"] > 0

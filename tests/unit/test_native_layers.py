@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,16 +13,16 @@ from torch.nn import functional
 
 from slipstream.kernels import _native, reference  # type: ignore[attr-defined]
 from slipstream.kernels.native_layers import adopt_layers
-from slipstream.kernels.native_set import NativeKernels, new_packed
+from slipstream.kernels.native_set import NativeKernels, Products, new_packed
 from slipstream.kernels.packed_linear import PackedLinear, as_numpy, pack_linears
 from slipstream.rollout.runners import one_torch_thread
 
 
 def contexts() -> list[Any]:
-    """One context of every instruction set that this machine has, the last one with threads."""
+    """One context of every instruction set that this machine has, without AMX; the last one with threads and AMX."""
     names = ("plain", "avx2", "avx512")
     best = names.index(_native.Context(1).isa)
-    return [_native.Context(1, isa=name) for name in names[: best + 1]] + [_native.Context(3)]
+    return [_native.Context(1, isa=name, amx=False) for name in names[: best + 1]] + [_native.Context(3)]
 
 
 @torch.inference_mode(False)
@@ -29,10 +30,11 @@ def new_linear(k: int, n: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
     return nn.Linear(k, n, bias=bias).to(dtype)
 
 
-def packed(layer: nn.Linear, context: Any) -> PackedLinear:
-    return PackedLinear(layer, new_packed(layer), context)
+def packed(layer: nn.Linear, context: Any, products: Products = "fma") -> PackedLinear:
+    return PackedLinear(layer, new_packed(layer, products), context)
 
 
+PRODUCTS: list[Products] = ["fma", "tiles"]
 # Widths below, at and above a panel of 32; depths beyond one stretch of 512; rows around every tile.
 SHAPES = [(1, 3), (32, 16), (33, 1), (261, 128), (70, 1100)]
 
@@ -40,30 +42,91 @@ SHAPES = [(1, 3), (32, 16), (33, 1), (261, 128), (70, 1100)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("products", PRODUCTS)
 @torch.inference_mode()
-def test_linear_equals_its_twin_in_the_same_bits_everywhere(n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
+def test_linear_equals_its_twin_in_the_same_bits_everywhere(
+    n: int, k: int, bias: bool, dtype: torch.dtype, products: Products
+) -> None:
     torch.manual_seed(n)
     layer = new_linear(k, n, bias, dtype)
     x = torch.randn(107, k).to(dtype)
-    outputs = [packed(layer, context)(x) for context in contexts()]
+    outputs = [packed(layer, context, products)(x) for context in contexts()]
     tolerance = {"atol": 3e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-5, "rtol": 2**-7}
+    if products == "tiles":
+        # What two bfloat16 leave out of a float32: 2^-17 of the largest terms.
+        tolerance["atol"] = 2e-5 * float(layer.weight.abs().max()) * k**0.5 + 1e-5
     torch.testing.assert_close(outputs[0], reference.linear(x, layer.weight, layer.bias), **tolerance)
     for other in outputs[1:]:
         assert torch.equal(outputs[0], other)
-    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 97):
-        assert torch.equal(packed(layer, contexts()[-1])(x[:rows]), outputs[0][:rows]), rows
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 16, 17, 31, 32, 33, 48, 97):
+        assert torch.equal(packed(layer, contexts()[-1], products)(x[:rows]), outputs[0][:rows]), rows
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@torch.inference_mode()
+def test_a_bad_row_stays_alone(products: Products, bad: float) -> None:
+    layer = new_linear(40, 50, True, torch.float32)
+    x = torch.randn(9, 40)
+    for context in contexts():
+        clean = packed(layer, context, products)(x)
+        dirty_x = x.clone()
+        dirty_x[4, 7] = bad
+        dirty = packed(layer, context, products)(dirty_x)
+        assert not dirty[4].isfinite().any()
+        keep = torch.arange(9) != 4
+        assert torch.equal(clean[keep], dirty[keep])
+
+
+def halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 values as the sum of two bfloat16 (kept as float32), rounded to the nearest, ties to even."""
+    high = torch.from_numpy(values).bfloat16().float().numpy()
+    return high, torch.from_numpy(values - high).bfloat16().float().numpy()
+
+
+def fused(left: np.ndarray, right: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """left * right + total, rounded once: products of two bfloat16 are exact in float64, and so is the sum of one and
+    a float32 wherever the two are less than 2^28 apart, as here."""
+    return (left.astype(np.float64) * right + total).astype(np.float32)
 
 
 @torch.inference_mode()
-def test_a_bad_row_stays_alone() -> None:
-    layer = new_linear(40, 50, True, torch.float32)
-    x = torch.randn(9, 40)
-    clean = packed(layer, contexts()[-1])(x)
-    x[4, 7] = float("nan")
-    dirty = packed(layer, contexts()[-1])(x)
-    assert dirty[4].isnan().all()
-    keep = torch.arange(9) != 4
-    assert torch.equal(clean[keep], dirty[keep])
+def test_tiles_have_the_bits_that_they_are_defined_by() -> None:
+    """csrc/tiles.h, in numpy: of every 32 inputs an even and an odd chain, added to the sum plane by plane."""
+    rng = np.random.default_rng(4)
+    x, weight = rng.uniform(0.5, 2.0, (5, 70)).astype(np.float32), rng.uniform(0.5, 2.0, (9, 70)).astype(np.float32)
+    expected = np.zeros((5, 9), np.float32)
+    padded_x, padded_weight = np.pad(x, ((0, 0), (0, 26))), np.pad(weight, ((0, 0), (0, 26)))
+    (x_high, x_low), (w_high, w_low) = halves(padded_x), halves(padded_weight)
+    for block in range(0, 96, 32):
+        for left, right in ((x_high, w_high), (x_low, w_high), (x_high, w_low)):
+            even, odd = np.zeros((5, 9), np.float32), np.zeros((5, 9), np.float32)
+            for k in range(block, block + 32, 2):
+                even = fused(left[:, k, None], right[:, k], even)
+                odd = fused(left[:, k + 1, None], right[:, k + 1], odd)
+            expected = expected + (even + odd)
+    layer = new_linear(70, 9, False, torch.float32)
+    layer.weight.copy_(torch.from_numpy(weight))
+    for context in contexts():
+        np.testing.assert_array_equal(packed(layer, context, "tiles")(torch.from_numpy(x)).numpy(), expected)
+
+
+@torch.inference_mode()
+def test_tiles_are_a_hundred_times_as_exact_as_bfloat16() -> None:
+    torch.manual_seed(1)
+    layer, x = new_linear(896, 256, False, torch.float32), torch.randn(40, 896)
+    exact = functional.linear(x.double(), layer.weight.double())
+    error = (packed(layer, contexts()[-1], "tiles")(x) - exact).abs().max() / exact.abs().max()
+    rounded = functional.linear(x.bfloat16().double(), layer.weight.bfloat16().double())
+    assert error < 1e-5
+    assert 100 * error < (rounded - exact).abs().max() / exact.abs().max()
+
+
+def test_tiny_numbers_count_as_zero_in_tiles() -> None:
+    layer, x = new_linear(32, 16, False, torch.float32), torch.full((2, 32), 1e-39)
+    with torch.inference_mode():
+        for context in contexts():
+            assert not packed(layer, context, "tiles")(x).any()
 
 
 def test_packed_layers_follow_weights_that_change_in_place() -> None:
@@ -170,13 +233,14 @@ def test_gate_equals_its_twin_in_the_same_bits_everywhere(size: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("products", PRODUCTS)
 @torch.inference_mode()
-def test_a_gate_with_its_products_has_the_bits_of_the_parts(bias: bool) -> None:
+def test_a_gate_with_its_products_has_the_bits_of_the_parts(bias: bool, products: Products) -> None:
     torch.manual_seed(2)
     gate, up = new_linear(70, 197, bias, torch.float32), new_linear(70, 197, bias, torch.float32)
     x = 3.0 * torch.randn(110, 70)
     for context in contexts():
-        parts = [packed(layer, context) for layer in (gate, up)]
+        parts = [packed(layer, context, products) for layer in (gate, up)]
         left, right = (part(x) for part in parts)
         _native.silu_mul(left.data_ptr(), right.data_ptr(), left.data_ptr(), left.numel(), context)
         for rows in (1, 4, 13, 110):
@@ -184,7 +248,7 @@ def test_a_gate_with_its_products_has_the_bits_of_the_parts(bias: bool) -> None:
             places = x.data_ptr(), rows, scratch.data_ptr(), out.data_ptr()
             _native.gated_linear(*(part.packed() for part in parts), *places, context)
             assert torch.equal(out, left[:rows]), rows
-    other = packed(new_linear(70, 196, bias, torch.float32), contexts()[0])
+    other = packed(new_linear(70, 196, bias, torch.float32), contexts()[0], products)
     with pytest.raises(ValueError, match="gate and up must have one size"):
         _native.gated_linear(parts[0].packed(), other.packed(), 0, 0, 0, 0, contexts()[0])
 
@@ -197,17 +261,19 @@ def test_only_layers_that_compute_the_same_are_taken_over() -> None:
     assert adopt_layers(model, _native, contexts()[0]) == []
 
 
-def test_a_model_taken_over_computes_what_it_did() -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_model_taken_over_computes_what_it_did(products: Products) -> None:
     torch.manual_seed(5)
     model = nn.Sequential(RmsNorm(24), Gated(24, 40), RmsNorm(24, offset=1.0), nn.Linear(24, 9))
     plain = copy.deepcopy(model)
-    NativeKernels("test", num_threads=2).adopt(model)
+    NativeKernels("test", num_threads=2, products=products).adopt(model)
     x = torch.randn(2, 5, 24)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if products == "fma" else {"atol": 3e-4, "rtol": 1e-4}
     with torch.inference_mode():
-        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), plain(x), **tolerance)
         model[1].up_proj.weight.mul_(3.0)  # the gate looks, too, whether weights have changed
         plain[1].up_proj.weight.mul_(3.0)
-        torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), plain(x), **tolerance)
     assert ["forward" in layer.__dict__ for layer in model] == [True, True, False, True]
     assert torch.equal(model(x), plain(x))  # with gradients: torch's own operations
 

@@ -70,7 +70,9 @@ def test_the_bench_compares_tokens_and_speeds() -> None:
     assert result["tokens_compared"] == 2 * result["num_tokens"]
     assert result["tokens_different"] == 0
     arms = {"off", "cold", "warm", "hf_generate", "hf_one_by_one", "hf_prompt_lookup", "hf_assisted"}
-    assert result["tokens_per_s"].keys() == arms
+    tiles = {"off_fma", "warm_fma"} if result["cpu_products"] == "tiles" else set()
+    assert result["tokens_per_s"].keys() == arms | tiles
+    assert result["speedup_vs_fma"].keys() == {arm.removesuffix("_fma") for arm in tiles}
     assert all(rate > 0 for rate in result["tokens_per_s"].values())
     assert result["accepted_per_round"]["off"] == 0 < result["accepted_per_round"]["warm"]
     assert result["engine_steps"]["warm"] < result["engine_steps"]["off"]
