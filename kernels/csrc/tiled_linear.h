@@ -58,13 +58,13 @@ class TiledLinear {
   // As PackedLinear deals its parts out.
   template <typename Task>
   void for_each_part(StepThreads* threads, int64_t layers, int64_t rows, const Task& task) const {
-    const int64_t work = layers * std::min(rows, kTaskRows) * kPanel * k_ * num_panels(n_) / kTileGain;
+    const int64_t work = 2 * layers * std::min(rows, kTaskRows) * kPanel * k_ * num_panels(n_) / kTileGain;
     deal_parts(threads, n_, rows, work, task);
   }
 
  private:
-  // How many multiply-adds of PackedLinear take as long as one product here: a task should take as long as there.
-  static constexpr int64_t kTileGain = 2;
+  // How many operations of PackedLinear take as long as one here, on AMX: a task should take as long as there.
+  static constexpr int64_t kTileGain = 3;
 
   int64_t n_, k_;
   Halves packed_;
