@@ -10,6 +10,7 @@
 #pragma once
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -18,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace slipstream {
@@ -102,6 +104,36 @@ class Arena {
   std::mutex mutex_;
   size_t next_ = 1;
   Free free_;  // first chunk: how many
+};
+
+// A table of a fixed size in an arena, zero at first; gives its chunks back at the end.
+template <typename T>
+class ArenaTable {
+ public:
+  ArenaTable(Arena& arena, size_t size)
+      : arena_(&arena),
+        run_(arena.take((size * sizeof(T) + Arena::kChunkBytes - 1) / Arena::kChunkBytes)),
+        base_(reinterpret_cast<T*>(arena.base() + run_.first * Arena::kChunkBytes)),
+        size_(size) {
+    std::fill(base_, base_ + size, T{});
+  }
+  ArenaTable(const ArenaTable&) = delete;
+  ArenaTable& operator=(const ArenaTable&) = delete;
+  ~ArenaTable() { arena_->give({run_}); }
+
+  T& operator[](size_t i) const { return base_[i]; }
+  size_t size() const { return size_; }
+  void swap(ArenaTable& other) {
+    std::swap(run_, other.run_);
+    std::swap(base_, other.base_);
+    std::swap(size_, other.size_);
+  }
+
+ private:
+  Arena* arena_;
+  Arena::Run run_;
+  T* base_;
+  size_t size_;
 };
 
 // One owner's share of an arena, as values of one plain type; gives it back at the end.

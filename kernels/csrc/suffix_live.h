@@ -43,8 +43,8 @@ class Live {
       : memory_(std::move(memory)),
         pages_(memory_->pages),
         words_(reinterpret_cast<uint32_t*>(pages_.at(0))),
-        pairs_(size_t{1} << kFirstLog2, 0),
-        singles_(size_t{1} << kSinglesLog2, 0) {
+        pairs_(memory_->pages, size_t{1} << kFirstLog2),
+        singles_(memory_->pages, size_t{1} << kSinglesLog2) {
     if (!length) return;
     uint32_t cursor = first_place(kPromptSequence);
     link(cursor, kNoToken, prompt[0]);
@@ -220,7 +220,7 @@ class Live {
   // Doubles the table of pairs: every chain of places falls into two, latest first as before.
   void widen() {
     ++log2_;
-    std::vector<uint32_t> wider(size_t{1} << log2_, 0);
+    ArenaTable<uint32_t> wider(memory_->pages, size_t{1} << log2_);
     for (size_t i = 0; i < pairs_.size(); ++i) {
       std::array<uint32_t*, 2> last{&wider[2 * i], &wider[2 * i + 1]};
       for (uint32_t at = pairs_[i]; at;) {
@@ -232,15 +232,15 @@ class Live {
       }
       *last[0] = *last[1] = 0;
     }
-    pairs_ = std::move(wider);
+    pairs_.swap(wider);
   }
 
-  static constexpr uint32_t kFirstLog2 = 12, kSinglesLog2 = 13;
+  static constexpr uint32_t kFirstLog2 = 13, kSinglesLog2 = 13;  // a chunk of the arena each
 
   std::shared_ptr<IndexMemory> memory_;
   ArenaArray<LivePage> pages_;
   uint32_t* words_;  // of the arena
-  std::vector<uint32_t> pairs_, singles_;  // the latest places, by hash
+  ArenaTable<uint32_t> pairs_, singles_;  // the latest places, by hash
   uint32_t log2_ = kFirstLog2;
   int32_t num_sequences_ = 1;
   size_t num_tokens_ = 0;
