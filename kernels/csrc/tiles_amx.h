@@ -81,8 +81,14 @@ static inline void split_rows(const float* x, int64_t k, int64_t begin, int64_t 
     split_block(rest, to, to + kTileRowHalves);
   }
 }
+// As they are: the instruction itself takes for zero what is below 2^-126.
 static inline void split_rows(const Bf16* x, int64_t k, int64_t begin, int64_t end, SplitRows<Bf16>& out) {
-  split_rows_plainly(x, k, begin, end, out);
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t d = 0; d < k; d += kBlockK) {
+      const auto count = static_cast<unsigned>(std::min<int64_t>(kBlockK, k - d));
+      const __mmask32 there = count == 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+      _mm512_storeu_si512(out.at(r - begin, d / kBlockK), _mm512_maskz_loadu_epi16(there, x + r * k + d));
+    }
 }
 
 // The instructions name their registers, which no variable can.
@@ -92,6 +98,22 @@ SLIPSTREAM_FORCE void store_register(float* to, int64_t stride) {
   if constexpr (kTile == 1) _tile_stored(1, to, stride);
   if constexpr (kTile == 2) _tile_stored(2, to, stride);
   if constexpr (kTile == 3) _tile_stored(3, to, stride);
+}
+
+SLIPSTREAM_FORCE __m512 load_some(const float* from, __mmask16 there) { return _mm512_maskz_loadu_ps(there, from); }
+SLIPSTREAM_FORCE __m512 load_some(const Bf16* from, __mmask16 there) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(there, from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+SLIPSTREAM_FORCE void store_some(float* to, __mmask16 there, __m512 value) { _mm512_mask_storeu_ps(to, there, value); }
+// As from_float rounds; the instruction for it would take tiny values for zero.
+SLIPSTREAM_FORCE void store_some(Bf16* to, __mmask16 there, __m512 value) {
+  const __m512i bits = _mm512_castps_si512(value), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, upper, _mm512_set1_epi32(0x40));
+  _mm256_mask_storeu_epi16(to, there, _mm512_cvtepi32_epi16(kept));
 }
 
 // A register of sums to its place; `rows` of them.
@@ -105,7 +127,11 @@ SLIPSTREAM_FORCE void store_tile(const TileArgs<T>& a, int64_t row, int64_t rows
   }
   alignas(64) float sums[kTileHeight * kTileColumns];
   store_register<kTile>(sums, 64);
-  finish_tile(a, sums, kTileColumns, row, rows, column, kTileColumns);
+  const auto count = static_cast<unsigned>(std::min<int64_t>(kTileColumns, a.n - column));
+  const auto there = static_cast<__mmask16>((1u << count) - 1);
+  const __m512 bias = a.bias == nullptr ? _mm512_setzero_ps() : load_some(a.bias + column, there);
+  for (int64_t r = 0; r < rows; ++r)
+    store_some(a.out + (row + r) * a.n + column, there, _mm512_add_ps(bias, _mm512_load_ps(sums + r * kTileColumns)));
 }
 
 // 17 to 32 rows from row `at` of the split ones by one panel.

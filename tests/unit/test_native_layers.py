@@ -64,10 +64,11 @@ def test_linear_equals_its_twin_in_the_same_bits_everywhere(
 
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_bad_row_stays_alone(products: Products, bad: float) -> None:
-    layer = new_linear(40, 50, True, torch.float32)
-    x = torch.randn(9, 40)
+def test_a_bad_row_stays_alone(products: Products, bad: float, dtype: torch.dtype) -> None:
+    layer = new_linear(40, 50, True, dtype)
+    x = torch.randn(9, 40).to(dtype)
     for context in contexts():
         clean = packed(layer, context, products)(x)
         dirty_x = x.clone()
