@@ -9,6 +9,9 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #define SLIPSTREAM_X86 1
+#if __GNUC__ >= 11
+#define SLIPSTREAM_AMX 1  // older compilers do not know the instructions
+#endif
 #endif
 
 #define SLIPSTREAM_FORCE inline __attribute__((always_inline))

@@ -10,7 +10,7 @@ namespace slipstream {
 template <typename T>
 void split_rows(const Units& units, const T* x, int64_t k, int64_t begin, int64_t end, SplitRows<T>& out) {
   out.resize(end - begin, k);
-#ifdef SLIPSTREAM_X86
+#ifdef SLIPSTREAM_AMX
   if (units.tiles == TileUnit::kAmx) return amx::split_rows(x, k, begin, end, out);
 #endif
   split_rows_plainly(x, k, begin, end, out);
@@ -18,8 +18,10 @@ void split_rows(const Units& units, const T* x, int64_t k, int64_t begin, int64_
 
 template <typename T>
 void tile_part(const Units& units, const TileArgs<T>& a, const LinearPart& part, const SplitRows<T>& split) {
-#ifdef SLIPSTREAM_X86
+#ifdef SLIPSTREAM_AMX
   if (units.tiles == TileUnit::kAmx) return amx::tile_part(a, part, split);
+#endif
+#ifdef SLIPSTREAM_X86
   if (units.isa == Isa::kAvx512) return avx512::tile_part(a, part, split);
   if (units.isa == Isa::kAvx2) return avx2::tile_part(a, part, split);
 #endif

@@ -2,7 +2,7 @@
 #pragma once
 #include "tiles.h"
 
-#ifdef SLIPSTREAM_X86
+#ifdef SLIPSTREAM_AMX
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
