@@ -42,7 +42,7 @@ def new_packed(layer: nn.Linear, products: Products = "fma") -> Any:
 
 
 def best_products() -> Products:
-    """Tiles where this machine computes them with AMX; without it they cost three times what chains do."""
+    """Tiles where this machine computes them with AMX; without it they cost more than chains do."""
     return "tiles" if _native.Context(1).amx else "fma"
 
 

@@ -124,15 +124,14 @@ void split_rows_plainly(const T* x, int64_t k, int64_t begin, int64_t end, Split
       split_factor(d < k ? x[r * k + d] : T{}, out.at(r - begin, d / kBlockK) + d % kBlockK, kTileRowHalves);
 }
 
-// sums [rows, stride] of columns column .. column + width - 1 to where they belong, the bias added.
+// sums [rows, 16] of the columns from `column` on to where they belong, the bias added.
 template <typename T>
-SLIPSTREAM_FORCE void finish_tile(const TileArgs<T>& a, const float* sums, int64_t stride, int64_t row, int64_t rows,
-                                  int64_t column, int64_t width) {
-  const int64_t columns = std::min(width, a.n - column);
+SLIPSTREAM_FORCE void finish_tile(const TileArgs<T>& a, const float* sums, int64_t row, int64_t rows, int64_t column) {
+  const int64_t columns = std::min(kTileColumns, a.n - column);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       const float bias = a.bias == nullptr ? 0.0f : to_float(a.bias[column + c]);
-      from_float(bias + sums[r * stride + c], a.out[(row + r) * a.n + column + c]);
+      from_float(bias + sums[r * kTileColumns + c], a.out[(row + r) * a.n + column + c]);
     }
 }
 

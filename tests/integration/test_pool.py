@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import ray
 
-from slipstream.rollout.actors import PoolError
+from slipstream.rollout.actors import PoolError, make_actor
 from slipstream.rollout.guard import Guard
 from slipstream.rollout.learned import Learned
-from slipstream.rollout.pool import RolloutPool
+from slipstream.rollout.pool import MAX_CONCURRENCY, RolloutPool
 from slipstream.rollout.roster import PoolLimits
 from slipstream.rollout.streaming_pool import StreamingPool
+from slipstream.rollout.streaming_worker import StreamingWorker
 from slipstream.rollout.types import Request, Rollout, Sampling, request_uid
 from slipstream.trainer.cluster import ray_cluster, worker_spec
 from slipstream.trainer.config import load_settings, model_folder
@@ -151,3 +152,16 @@ def generate_for(seconds: float, pool: RolloutPool, requests: list[Request]) -> 
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         pool.generate(requests, {}, DEADLINE_S)
+
+
+def test_a_worker_that_multiplies_otherwise_is_refused(cluster: None) -> None:
+    """Its tokens would be others: here it is built from another spec, as on a machine without AMX."""
+    pool = make_pool(RolloutPool, steal=True)
+    products = next(iter(pool.workers.values()))["products"]
+    folder = model_folder(SETTINGS.model.path)
+    other = replace(worker_spec(SETTINGS, str(folder), 100), cpu_products="fma" if products == "tiles" else "tiles")
+    pool._crew._make = lambda _: make_actor(StreamingWorker, 0.0, 0.0, MAX_CONCURRENCY).remote(other)
+    name = pool.add_worker()
+    with pytest.raises(PoolError, match=f"{name} multiplies by {other.cpu_products}, rollout worker 0 by {products}, "):
+        pool.ready(DEADLINE_S)
+    end(pool)
