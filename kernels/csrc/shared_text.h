@@ -20,12 +20,6 @@ constexpr int kTokenBits = 24;
 constexpr uint32_t kGap = (1u << kTokenBits) - 1;  // kStart in the bits of a token: stands before every sequence
 constexpr char kSharedMagic[9] = "SLPTXT01";
 
-// The last tokens of a request, newest last; kStart where there are none.
-struct RecentTokens {
-  alignas(kLine) std::array<int32_t, kRecent> tokens;
-  const int32_t* end() const { return tokens.data() + kRecent; }
-};
-
 class SharedText {
  public:
   // next: where the continuation begins; 0: an empty slot, for the text begins with a gap.
@@ -53,23 +47,34 @@ class SharedText {
   size_t num_tokens() const { return Block::header(block_.get()).sizes[2]; }
   size_t bytes() const { return Block::header(block_.get()).bytes; }
 
-  void prefetch_slots(const RecentTokens& recent) const {
-    for (const int order : kOrders) prefetch(slots_ + place(order, recent.end()).first);
+  // A request on its way through `begin`, `find` and `draft`, each of which fetches what the next one reads. recent: the
+  // last tokens, newest last, kStart where there are none; slots: by order, first the bucket, then the slot or null.
+  struct Look {
+    alignas(kLine) std::array<int32_t, kRecent> recent;
+    std::array<const Slot*, kOrders.size()> slots;
+    std::array<uint16_t, kOrders.size()> tags;
+  };
+  void begin(Look& look) const {
+    for (size_t i = 0; i < kOrders.size(); ++i) {
+      const Place at = place(kOrders[i], look.recent.data() + kRecent);
+      look.slots[i] = slots_ + at.first;
+      look.tags[i] = at.tag;
+      prefetch(look.slots[i]);
+    }
   }
-  void prefetch_text(const RecentTokens& recent) const {
-    for (const int order : kOrders)
-      if (const Slot* slot = find(order, recent.end())) prefetch(&text_[slot->next]);
+  void find(Look& look) const {
+    for (size_t i = 0; i < kOrders.size(); ++i)
+      if ((look.slots[i] = find_tag(look.slots[i], look.tags[i]))) prefetch(&text_[look.slots[i]->next]);
   }
 
   // The best of `best` and the continuations of the known contexts; whether one of these is it.
-  bool draft(const RecentTokens& recent, const Calibration& calibration, const DraftLimits& limits, Draft& best,
+  bool draft(const Look& look, const Calibration& calibration, const DraftLimits& limits, Draft& best,
              Draft& spare) const {
     bool improved = false;
-    for (const int order : kOrders) {
-      if (order < limits.min_match) break;
-      const Slot* slot = find(order, recent.end());
-      const int matched = slot ? match_before(slot->next, recent) : 0;
-      if (matched < order) continue;
+    for (size_t i = 0; i < kOrders.size() && kOrders[i] >= limits.min_match; ++i) {
+      const Slot* slot = look.slots[i];
+      const int matched = slot ? match_before(slot->next, look.recent) : 0;
+      if (matched < kOrders[i]) continue;
       spare.begin(matched, kShared, 0);
       for (size_t at = slot->next; at < size_ && token(at) != kGap; ++at) {
         const float votes = static_cast<float>(text_[at] >> kTokenBits);
@@ -103,8 +108,11 @@ class SharedText {
   template <typename Token>
   const Slot* find(int order, const Token* end) const {
     const Place at = place(order, end);
-    for (const Slot* slot = slots_ + at.first; slot < slots_ + at.first + kWays; ++slot)
-      if (slot->next && slot->tag == at.tag) return slot;
+    return find_tag(slots_ + at.first, at.tag);
+  }
+  static const Slot* find_tag(const Slot* bucket, uint16_t tag) {
+    for (const Slot* slot = bucket; slot < bucket + kWays; ++slot)
+      if (slot->next && slot->tag == tag) return slot;
     return nullptr;
   }
 
@@ -116,10 +124,10 @@ class SharedText {
   const uint32_t* text_;
 
  private:
-  int match_before(size_t next, const RecentTokens& recent) const {
+  int match_before(size_t next, const std::array<int32_t, kRecent>& recent) const {
     int matched = 0;
     while (matched < kRecent && token(next - 1 - static_cast<size_t>(matched)) != kGap &&
-           static_cast<int32_t>(token(next - 1 - static_cast<size_t>(matched))) == recent.end()[-1 - matched])
+           static_cast<int32_t>(token(next - 1 - static_cast<size_t>(matched))) == recent.data()[kRecent - 1 - matched])
       ++matched;
     return matched;
   }

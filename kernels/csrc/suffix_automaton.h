@@ -38,13 +38,15 @@ struct State {
 };
 static_assert(sizeof(State) == 32, "a state must not straddle cache lines");
 
-// Text of the live tier (suffix_live.h). pair, single: the earlier places of each token.
+// Text of the live tier (suffix_live.h). earlier: the places before each token's of the same pair, and of the same token.
 struct LivePage {
   static constexpr uint32_t kTokens = 84;
   int32_t sequence;
   uint32_t next, previous, unused;
   int32_t token[kTokens];
-  uint32_t pair[kTokens], single[kTokens];
+  struct Earlier {
+    uint32_t pair, single;
+  } earlier[kTokens];
 };
 static_assert(sizeof(LivePage) == 1024, "a place counts words");
 

@@ -6,6 +6,10 @@
 // - w(s) is the summed weight of the occurrences of s.
 // - States lie in the order of their heaviest continuations: drafting reads memory forwards.
 #pragma once
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <array>
 #include <cstring>
 #include <ctime>
@@ -235,11 +239,27 @@ class Frozen {
     // A whole line at a time: where in it a token stands cannot be predicted.
     for (uint32_t i = home_line(token, slots);; i = (i + kLineEdges) & (slots - 1)) {
       const Edge* line = edges + i;
-      uint32_t same = 0;
-      for (uint32_t k = 0; k < kLineEdges; ++k) same |= static_cast<uint32_t>(line[k].token == token) << k;
+      const uint32_t same = which_bear(line, token);
       if (same) return line[__builtin_ctz(same)].target;
       if (line[kLineEdges - 1].token == kNoToken) return -1;
     }
+  }
+
+  // Bit k: whether edge k of a line bears the token.
+  static uint32_t which_bear(const Edge* line, int32_t token) {
+#ifdef __SSE2__
+    const __m128i wanted = _mm_set1_epi32(token);
+    const auto four = [&](const Edge* edges) {
+      const auto* pairs = reinterpret_cast<const float*>(edges);
+      const __m128 tokens = _mm_shuffle_ps(_mm_loadu_ps(pairs), _mm_loadu_ps(pairs + 4), _MM_SHUFFLE(2, 0, 2, 0));
+      return _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_castps_si128(tokens), wanted)));
+    };
+    return static_cast<uint32_t>(four(line) | four(line + 4) << 4);
+#else
+    uint32_t same = 0;
+    for (uint32_t k = 0; k < kLineEdges; ++k) same |= static_cast<uint32_t>(line[k].token == token) << k;
+    return same;
+#endif
   }
 
   std::shared_ptr<const char> block_;

@@ -38,6 +38,10 @@ struct Places {
 
 // A sequence is its cursor, the place of its last token, which the caller keeps.
 class Live {
+  static constexpr uint32_t kWords = sizeof(LivePage) / 4, kFirst = offsetof(LivePage, token) / 4,
+                            kEnd = kFirst + LivePage::kTokens;
+  using Earlier = LivePage::Earlier;
+
  public:
   Live(std::shared_ptr<IndexMemory> memory, const int32_t* prompt, size_t length)
       : memory_(std::move(memory)),
@@ -47,7 +51,7 @@ class Live {
         singles_(memory_->pages, size_t{1} << kSinglesLog2) {
     if (!length) return;
     uint32_t cursor = first_place(kPromptSequence);
-    link(cursor, kNoToken, prompt[0]);
+    put(cursor, kNoToken, prompt[0]).link();
     num_tokens_ = 1;
     for (size_t i = 1; i < length; ++i) append(cursor, prompt[i]);
   }
@@ -55,27 +59,58 @@ class Live {
   // Opens a sequence; returns its number and sets its cursor.
   int32_t open(uint32_t& cursor) {
     cursor = first_place(num_sequences_);
-    link(cursor, kNoToken, kStart);
+    put(cursor, kNoToken, kStart).link();
     return num_sequences_++;
   }
 
+  // A place whose text is there and that nothing leads to yet.
+  struct Unlinked {
+    Earlier* earlier;
+    uint32_t *of_pair, *of_single;
+    uint32_t at;
+    void link() const {
+      *earlier = {*of_pair, *of_single};
+      *of_pair = *of_single = at;
+    }
+  };
+
   void append(uint32_t& cursor, int32_t token) {
-    const int32_t before = this->token(cursor);
-    if (++cursor % kWords == kEnd) cursor = add_page(cursor / kWords);
-    link(cursor, before, token);
-    if (++num_tokens_ > pairs_.size()) widen();
+    if (is_full()) widen();
+    write(cursor, this->token(cursor), token).link();
   }
-  void prefetch_append(int32_t before, int32_t token) const {
-    prefetch(&pairs_[pair(before, token)]);
-    prefetch(&singles_[single(token)]);
+  // The first half of `append`, behind the token `before`: what the other half touches is being fetched. Where the tier
+  // is full it is widened first, and before that all of it is linked.
+  Unlinked write(uint32_t& cursor, int32_t before, int32_t token) {
+    if (++cursor % kWords == kEnd) cursor = add_page(cursor / kWords);
+    ++num_tokens_;
+    return put(cursor, before, token);
+  }
+  bool is_full() const { return num_tokens_ == pairs_.size(); }
+
+  // Doubles the table of pairs: every chain of places falls into two, latest first as before.
+  void widen() {
+    ArenaTable<uint32_t> wider(memory_->pages, 2 * pairs_.size());
+    ++log2_;
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      std::array<uint32_t*, 2> last{&wider[2 * i], &wider[2 * i + 1]};
+      for (uint32_t at = pairs_[i]; at;) {
+        const uint32_t next = earlier(at).pair;
+        uint32_t*& end = last[pair_of(at) & 1];
+        *end = at;
+        end = &earlier(at).pair;
+        at = next;
+      }
+      *last[0] = *last[1] = 0;
+    }
+    pairs_.swap(wider);
   }
 
   int32_t token(uint32_t at) const { return static_cast<int32_t>(words_[at]); }
   // The places that `find` looks at, latest first and `at` itself among them; 0 is the end.
   uint32_t latest_pair(uint32_t at) const { return pairs_[pair_of(at)]; }
   uint32_t latest_single(uint32_t at) const { return singles_[single(token(at))]; }
-  uint32_t earlier_pair(uint32_t at) const { return words_[at + kPair]; }
-  uint32_t earlier_single(uint32_t at) const { return words_[at + kSingle]; }
+  uint32_t earlier_pair(uint32_t at) const { return earlier(at).pair; }
+  uint32_t earlier_single(uint32_t at) const { return earlier(at).single; }
   // False where the last token of a sequence stands nowhere else.
   bool may_be_known(uint32_t at) const { return latest_single(at) != at || earlier_single(at); }
   void prefetch_latest(uint32_t at) const {
@@ -85,16 +120,21 @@ class Live {
   int32_t sequence(uint32_t at) const { return page(at).sequence; }
   // What the last tokens of a sequence are read from, and where the next few go. May reach into the next page.
   void prefetch_end(uint32_t at) const {
-    constexpr int kBack = 15, kAhead = 7;
+    constexpr int kBack = 15;
     prefetch(words_ + at - kBack);
-    for (const uint32_t column : {0u, kPair, kSingle}) {
-      prefetch(words_ + at + column);
-      prefetch(words_ + at + column + kAhead);
-    }
+    prefetch_next(at);
   }
-  void prefetch_earlier(uint32_t at, bool single) const {
+  // Where the next few go.
+  void prefetch_next(uint32_t at) const {
+    constexpr int kAhead = 7;
     prefetch(words_ + at);
-    prefetch(words_ + at + (single ? kSingle : kPair));
+    prefetch(words_ + at + kAhead);
+    prefetch(&earlier(at));
+    prefetch(&earlier(at) + kAhead);
+  }
+  void prefetch_earlier(uint32_t at) const {
+    prefetch(words_ + at);
+    prefetch(&earlier(at));
   }
 
   // The place after `at` in its sequence, 0 at its end.
@@ -119,8 +159,8 @@ class Live {
   void find(uint32_t at, int min_match, Places& out) const {
     out.count = 0;
     const int least = token(at) == kStart ? 1 : std::max(min_match, 2);
-    collect<kPair>(latest_pair(at), at, least, out);
-    if (!out.count && min_match <= 1) collect<kSingle>(latest_single(at), at, 1, out);
+    collect<&Earlier::pair>(latest_pair(at), at, least, out);
+    if (!out.count && min_match <= 1) collect<&Earlier::single>(latest_single(at), at, 1, out);
   }
 
   // Calls visit(token) for everything that followed a context, by reading all of the text: for inspection.
@@ -139,20 +179,21 @@ class Live {
   size_t bytes() const { return pages_.bytes() + (pairs_.size() + singles_.size()) * sizeof(uint32_t); }
 
  private:
-  static constexpr uint32_t kWords = sizeof(LivePage) / 4, kFirst = offsetof(LivePage, token) / 4,
-                            kEnd = kFirst + LivePage::kTokens, kPair = LivePage::kTokens, kSingle = 2 * LivePage::kTokens;
-
   LivePage& page(uint32_t at) const { return pages_[at / kWords]; }
+  // Two words for each token of a page, behind its tokens.
+  Earlier& earlier(uint32_t at) const {
+    return reinterpret_cast<Earlier&>(words_[at + (at % kWords - kFirst) + LivePage::kTokens]);
+  }
 
   uint32_t before(uint32_t at) const {
     if (at % kWords > kFirst) return at - 1;
     return page(at).previous ? page(at).previous * kWords + kEnd - 1 : 0;
   }
 
-  template <uint32_t kEarlier>
+  template <uint32_t Earlier::*kChain>
   void collect(uint32_t place, uint32_t at, int least, Places& out) const {
     const int32_t token = this->token(at);
-    for (int hops = 0; place && hops < kMaxPlaces; hops += place != at, place = words_[place + kEarlier]) {
+    for (int hops = 0; place && hops < kMaxPlaces; hops += place != at, place = earlier(place).*kChain) {
       if (this->token(place) != token || place == at) continue;  // others have the same hash
       const int length = match(place, at);
       if (length < least) continue;
@@ -194,12 +235,12 @@ class Live {
   }
   static uint32_t single(int32_t token) { return static_cast<uint32_t>(token) * 0x9E3779B1u >> (32 - kSinglesLog2); }
 
-  void link(uint32_t at, int32_t before, int32_t token) {
-    uint32_t &of_pair = pairs_[pair(before, token)], &of_single = singles_[single(token)];
+  Unlinked put(uint32_t at, int32_t before, int32_t token) {
     words_[at] = static_cast<uint32_t>(token);
-    words_[at + kPair] = of_pair;
-    words_[at + kSingle] = of_single;
-    of_pair = of_single = at;
+    const Unlinked out{&earlier(at), &pairs_[pair(before, token)], &singles_[single(token)], at};
+    prefetch(out.of_pair);
+    prefetch(out.of_single);
+    return out;
   }
 
   uint32_t first_place(int32_t sequence) {
@@ -215,24 +256,6 @@ class Live {
     pages_[previous].next = at / kWords;
     page(at).previous = previous;
     return at;
-  }
-
-  // Doubles the table of pairs: every chain of places falls into two, latest first as before.
-  void widen() {
-    ++log2_;
-    ArenaTable<uint32_t> wider(memory_->pages, size_t{1} << log2_);
-    for (size_t i = 0; i < pairs_.size(); ++i) {
-      std::array<uint32_t*, 2> last{&wider[2 * i], &wider[2 * i + 1]};
-      for (uint32_t at = pairs_[i]; at;) {
-        const uint32_t next = words_[at + kPair];
-        uint32_t*& end = last[pair_of(at) & 1];
-        *end = at;
-        end = &words_[at + kPair];
-        at = next;
-      }
-      *last[0] = *last[1] = 0;
-    }
-    pairs_.swap(wider);
   }
 
   static constexpr uint32_t kFirstLog2 = 13, kSinglesLog2 = 13;  // a chunk of the arena each

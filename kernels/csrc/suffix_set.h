@@ -50,16 +50,17 @@ class SuffixIndexSet {
     lock.lock();
     require_closed_uid(uid);
     if (!held->live) held->live = std::make_shared<Live>(memory_, prompt, length);
+    const Tiers tiers{held->live, std::atomic_load(&held->frozen), std::atomic_load(&shared_)};
     OpenRequest request;
-    request.live = held->live;
-    request.frozen = std::atomic_load(&held->frozen);
-    request.shared = std::atomic_load(&shared_);
-    request.sequence = held->live->open(request.cursor);
+    request.live = tiers.live.get();
+    request.frozen = tiers.frozen.get();
+    request.shared = tiers.shared.get();
+    request.sequence = request.live->open(request.cursor);
     request.at = std::max(request.frozen->find(kFrozenRoot, kStart), kFrozenRoot);
     request.matched = request.at != kFrozenRoot;
-    request.prompt = held->number;
     slots_[uid] = requests_.size();
-    requests_.push_back(std::move(request));
+    requests_.push_back(request);
+    tiers_.push_back(tiers);
     uids_.push_back(uid);
     is_sorted_ = false;
   }
@@ -68,9 +69,11 @@ class SuffixIndexSet {
     std::lock_guard<std::mutex> lock(mutex_);
     const size_t slot = slot_of(uid);
     slots_[uids_.back()] = slot;
-    std::swap(requests_[slot], requests_.back());
+    requests_[slot] = requests_.back();
+    std::swap(tiers_[slot], tiers_.back());
     std::swap(uids_[slot], uids_.back());
     requests_.pop_back();
+    tiers_.pop_back();
     uids_.pop_back();
     slots_.erase(uid);
     is_sorted_ = false;
@@ -80,7 +83,7 @@ class SuffixIndexSet {
     std::lock_guard<std::mutex> lock(mutex_);
     find_requests(uids, out.rows);
     in_parts(out.rows, [&](StepWorker& worker, size_t first, size_t last) {
-      worker.propose(batch_, order_, first, last, out, options_, calibration_);
+      worker.propose(batch_, first, last, out, options_, calibration_);
     });
   }
 
@@ -89,7 +92,7 @@ class SuffixIndexSet {
     find_requests(uids, rows);
     check_ragged(rows, values, offsets, num_values);
     in_parts(rows, [&](StepWorker& worker, size_t first, size_t last) {
-      worker.extend(batch_, order_, first, last, values, offsets);
+      worker.extend(batch_, first, last, values, offsets);
     });
   }
 
@@ -212,8 +215,13 @@ class SuffixIndexSet {
   }
 
  private:
+  // What an open request reads; it keeps them, whatever is published meanwhile.
+  struct Tiers {
+    std::shared_ptr<Live> live;
+    std::shared_ptr<const Frozen> frozen;
+    std::shared_ptr<const SharedText> shared;
+  };
   struct Prompt {
-    uint32_t number = 0;
     std::atomic<uint64_t> version{0};  // of the newest frozen tier asked for
     int pending = 0;  // rebuilds queued or running; guarded by the builder
     std::shared_ptr<const Frozen> frozen;
@@ -249,7 +257,6 @@ class SuffixIndexSet {
     std::shared_ptr<Prompt>& held = prompts_[prompt_id];
     if (!held) {
       held = std::make_shared<Prompt>();
-      held->number = num_prompts_ever_++;
       if (!empty_) empty_ = FrozenBuilder::build({{}, {0}, {}, {}}, memory_);
       held->frozen = empty_;
     }
@@ -263,7 +270,7 @@ class SuffixIndexSet {
     return found->second;
   }
 
-  // Fills batch_ (requests by row) and order_ (rows, those of a prompt side by side: they share a live tier).
+  // Fills batch_, the rows of a prompt side by side: they share a live tier.
   void find_requests(const int64_t* uids, int64_t rows) {
     require_open();
     const auto count = static_cast<size_t>(rows);
@@ -280,11 +287,10 @@ class SuffixIndexSet {
       if (request.last_call == num_calls_)
         throw std::invalid_argument("uid " + std::to_string(uids[row]) + " is in the batch twice");
       request.last_call = num_calls_;
-      batch_[row] = &request;
+      batch_[row] = {&request, static_cast<int32_t>(row)};
     }
-    order_.resize(count);
-    for (size_t row = 0; row < count; ++row) order_[row] = static_cast<int32_t>(row);
-    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return batch_[a]->live < batch_[b]->live; });
+    std::stable_sort(batch_.begin(), batch_.end(),
+                     [](const BatchRow& a, const BatchRow& b) { return a.request->live < b.request->live; });
     last_uids_.assign(uids, uids + rows);
     is_sorted_ = true;
   }
@@ -298,7 +304,7 @@ class SuffixIndexSet {
     cuts_.assign(1, 0);
     for (size_t part = 1; part <= workers_.size(); ++part) {
       size_t cut = std::max(cuts_.back(), count * part / workers_.size());
-      while (cut > 0 && cut < count && batch_[order_[cut]]->live == batch_[order_[cut - 1]]->live) ++cut;
+      while (cut > 0 && cut < count && batch_[cut].request->live == batch_[cut - 1].request->live) ++cut;
       cuts_.push_back(cut);
     }
     threads_->run(workers_.size(), [&](size_t part) {
@@ -347,15 +353,14 @@ class SuffixIndexSet {
   std::atomic<uint64_t> shared_version_{0};
   std::atomic<size_t> files_failed_{0};
   Calibration calibration_;
-  uint32_t num_prompts_ever_ = 0;
   std::unordered_map<std::string, std::shared_ptr<Prompt>> prompts_;
   std::unordered_map<int64_t, size_t> slots_;
   std::vector<OpenRequest> requests_;
+  std::vector<Tiers> tiers_;  // of each request
   std::vector<int64_t> uids_, last_uids_;
   bool is_sorted_ = false;
   uint64_t num_calls_ = 0;
-  std::vector<OpenRequest*> batch_;
-  std::vector<int32_t> order_;
+  Batch batch_;
   std::vector<size_t> found_, cuts_;
   std::vector<StepWorker> workers_;
   std::optional<StepThreads> threads_;

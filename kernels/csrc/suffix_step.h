@@ -2,13 +2,14 @@
 //
 // Invariants
 // - What a row gets depends on the row's request and on the tiers it reads, not on the other rows or their order.
-// - Rows that share a live tier belong to one worker: `extend` writes there without a lock.
+// - Rows that share a live tier belong to one worker (suffix_extend.h).
 // - The tiers of many requests do not fit into the caches together, and every walk is a chain of loads. One load takes
 //   longer than a whole draft that is in the cache, but thirty at a time cost hardly more: what rows will look at is
 //   fetched one link a pass, in blocks, and walks take turns. A load that is not fetched ahead shows in the benchmark.
 #pragma once
 #include <numeric>
 
+#include "suffix_extend.h"
 #include "suffix_tree_draft.h"
 
 namespace slipstream {
@@ -30,18 +31,6 @@ struct DraftRows {
   int16_t* parents;
 };
 
-// cursor: where the request's own text, `length` tokens with kStart, ends in the live tier; at, matched: its longest match
-// in the frozen one (matched below 0: the length of the state).
-struct OpenRequest {
-  std::shared_ptr<Live> live;
-  std::shared_ptr<const Frozen> frozen;
-  std::shared_ptr<const SharedText> shared;
-  int32_t sequence = 0, at = kFrozenRoot, matched = 0, length = 1;
-  uint32_t cursor = 0, prompt = 0;
-  int32_t last_token = kStart;
-  uint64_t last_call = 0;
-};
-
 struct SetOptions {
   int min_match = 1, max_candidates = 2;
   float escape = 0.5f;
@@ -51,8 +40,8 @@ struct SetOptions {
 
 class StepWorker {
  public:
-  void propose(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t first, size_t last,
-               const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
+  void propose(const Batch& batch, size_t first, size_t last, const DraftRows& out, const SetOptions& options,
+               const Calibration& calibration) {
     scratch_tokens_.resize(static_cast<size_t>(out.width));
     scratch_probs_.resize(static_cast<size_t>(out.width));
     scratch_cells_.resize(static_cast<size_t>(out.width));
@@ -60,26 +49,21 @@ class StepWorker {
     std::iota(chain_.begin(), chain_.end(), int16_t{-1});
     for (size_t begin = first; begin < last; begin += kBlockRows) {
       const size_t end = std::min(last, begin + kBlockRows);
-      fetch(requests, order, begin, end, out);
+      fetch(batch, begin, end, out);
       again_.clear();
       searches_.clear();
       poor_.clear();
-      for (size_t i = begin; i < end; ++i) draft_frozen(*requests[order[i]], out, order[i], options, calibration);
-      for (const Again& again : again_) prefetch_jump(*requests[again.row], again.contexts.at, out, again.row);
-      for (Again& again : again_) draft_again(*requests[again.row], again, out, options, calibration);
-      fetch_places(requests);
-      for (const Search& search : searches_) draft_live(*requests[search.row], search, out, options, calibration);
-      if (!poor_.empty()) draft_shared(requests, out, options, calibration);
+      for (size_t i = begin; i < end; ++i) draft_frozen(batch[i], out, options, calibration);
+      for (const Again& again : again_) prefetch_jump(again.at, again.contexts.at, out);
+      for (Again& again : again_) draft_again(again, out, options, calibration);
+      fetch_places();
+      for (const Search& search : searches_) draft_live(search, out, options, calibration);
+      if (!poor_.empty()) draft_shared(out, options, calibration);
     }
   }
 
-  void extend(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t first, size_t last,
-              const int32_t* values, const int64_t* offsets) {
-    advance_frozen(requests, order, first, last, values, offsets);
-    for (size_t begin = first; begin < last; begin += kBlockRows) {
-      const size_t end = std::min(last, begin + kBlockRows);
-      append_live(requests, order, begin, end, values, offsets);
-    }
+  void extend(const Batch& batch, size_t first, size_t last, const int32_t* values, const int64_t* offsets) {
+    extender_.run(batch, first, last, values, offsets);
   }
 
  private:
@@ -88,82 +72,75 @@ class StepWorker {
 
   // A row that drafts from shorter contexts of the frozen tier too.
   struct Again {
-    int32_t row;
+    BatchRow at;
     Contexts contexts;
   };
   // A row that drafts from the shared text too.
   struct Poor {
-    int32_t row;
-    RecentTokens recent;
+    BatchRow at;
+    SharedText::Look look;
   };
   // A row that drafts from the live tier too, and the place that is being fetched for it.
   struct Search {
-    int32_t row;
+    BatchRow at;
     uint32_t place;
     int hops;
-    bool singles, found, done;
+    bool singles, found;
   };
 
   // What the drafts of a block read: states, their links, the path of the heaviest continuation, and where it jumps.
-  static void fetch(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin,
-                    size_t end, const DraftRows& out) {
+  static void fetch(const Batch& batch, size_t begin, size_t end, const DraftRows& out) {
+    for (size_t i = begin; i < end; ++i) prefetch(&batch[i].request->frozen->state(batch[i].request->at));
     for (size_t i = begin; i < end; ++i) {
-      const OpenRequest& request = *requests[order[i]];
-      prefetch(&request.frozen->state(request.at));
-    }
-    for (size_t i = begin; i < end; ++i) {
-      OpenRequest& request = *requests[order[i]];
+      OpenRequest& request = *batch[i].request;
       const State& frozen = request.frozen->state(request.at);
       if (request.matched < 0) request.matched = frozen.length;
       request.frozen->prefetch_ages();
-      prefetch_path(request, request.at, out, order[i]);
+      prefetch_path(batch[i], request.at, out);
       if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
     }
-    for (size_t i = begin; i < end; ++i) {
-      const OpenRequest& request = *requests[order[i]];
-      if (request.at != kFrozenRoot) prefetch_jump(request, request.at, out, order[i]);
-    }
+    for (size_t i = begin; i < end; ++i)
+      if (batch[i].request->at != kFrozenRoot) prefetch_jump(batch[i], batch[i].request->at, out);
   }
-  static void prefetch_path(const OpenRequest& request, int32_t at, const DraftRows& out, int32_t row) {
-    request.frozen->prefetch_path(at, std::min<int>(out.max_draft[row], kPathTokens));
+  static void prefetch_path(const BatchRow& row, int32_t at, const DraftRows& out) {
+    row.request->frozen->prefetch_path(at, std::min<int>(out.max_draft[row.row], kPathTokens));
   }
-  static void prefetch_jump(const OpenRequest& request, int32_t at, const DraftRows& out, int32_t row) {
-    request.frozen->prefetch_jump(at, std::min<int>(out.max_draft[row], kPathTokens));
+  static void prefetch_jump(const BatchRow& row, int32_t at, const DraftRows& out) {
+    row.request->frozen->prefetch_jump(at, std::min<int>(out.max_draft[row.row], kPathTokens));
   }
 
   // The places that the rows' drafts from their live tiers begin with, and whether there are any (Live::find).
-  void fetch_places(const std::vector<OpenRequest*>& requests) {
-    for (const Search& search : searches_) requests[search.row]->live->prefetch_latest(requests[search.row]->cursor);
-    for (bool any = true; any;) {
-      any = false;
-      for (Search& search : searches_)
-        if (!search.done) {
-          any = true;
-          look_once(*requests[search.row], search);
-        }
-    }
+  void fetch_places() {
+    for (const Search& search : searches_) search.at.request->live->prefetch_latest(search.at.request->cursor);
+    for (size_t active = searches_.size(); active;)
+      for (size_t i = 0; i < active;) {
+        if (look_once(searches_[i])) ++i;
+        else std::swap(searches_[i], searches_[--active]);
+      }
   }
 
   // Looks at the place that was fetched the last time and fetches the next one: pairs, and where there is none, single
-  // tokens.
-  static void look_once(const OpenRequest& request, Search& search) {
+  // tokens. False at the end.
+  static bool look_once(Search& search) {
+    const OpenRequest& request = *search.at.request;
     const Live& live = *request.live;
     if (search.place) {
       search.found |= search.place != request.cursor && live.token(search.place) == request.last_token;
       search.place = search.singles ? live.earlier_single(search.place) : live.earlier_pair(search.place);
     } else {
+      if (!live.may_be_known(request.cursor)) return false;
       search.place = search.singles ? live.latest_single(request.cursor) : live.latest_pair(request.cursor);
-      search.done = !live.may_be_known(request.cursor);
     }
     if (search.place && ++search.hops <= kMaxPlaces + 1) {
-      live.prefetch_earlier(search.place, search.singles);
+      live.prefetch_earlier(search.place);
     } else if (search.found || search.singles) {
-      search.done = true;
+      return false;
     } else {
       search.singles = true;
       search.hops = 0;
       search.place = 0;
     }
+    return true;
   }
 
   Draft scratch() { return {scratch_tokens_.data(), scratch_probs_.data(), scratch_cells_.data()}; }
@@ -196,24 +173,26 @@ class StepWorker {
             options.enough};
   }
 
-  void draft_frozen(const OpenRequest& request, const DraftRows& out, int32_t row, const SetOptions& options,
+  void draft_frozen(const BatchRow& at, const DraftRows& out, const SetOptions& options,
                     const Calibration& calibration) {
+    const OpenRequest& request = *at.request;
+    const int32_t row = at.row;
     const DraftLimits limits = limits_of(request, out, row, options);
     Draft best = scratch(), spare = row_of(out, row);  // mostly the first draft is the one that stays
     if (limits.max_tokens > 0) {
       if (out.branching[row] > 1) {
         if (draft_tree(request, out, row, options, calibration, limits) < options.shared_below)
-          ask_shared(request, row);
+          ask_shared(at);
         return;
       }
       Contexts contexts{request.at, request.matched, options.max_candidates};
       draft_from(*request.frozen, contexts, 1, calibration, limits, best, spare);
       if (best.score < options.enough) request.live->prefetch_end(request.cursor);
       if (contexts.any(limits, best)) {
-        again_.push_back({row, contexts});
-        prefetch_path(request, contexts.at, out, row);
+        again_.push_back({at, contexts});
+        prefetch_path(at, contexts.at, out);
       } else {
-        search_live(best, row, options);
+        search_live(best, at, options);
       }
     }
     store(best, out, row);
@@ -221,19 +200,19 @@ class StepWorker {
   }
 
   // The other contexts: where the first promises enough, nothing of them is fetched.
-  void draft_again(const OpenRequest& request, Again& again, const DraftRows& out, const SetOptions& options,
-                   const Calibration& calibration) {
-    const int32_t row = again.row;
+  void draft_again(Again& again, const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
+    const OpenRequest& request = *again.at.request;
+    const int32_t row = again.at.row;
     Draft best = draft_in(out, row), spare = scratch();
     const float known = best.score;
     draft_from(*request.frozen, again.contexts, again.contexts.left, calibration, limits_of(request, out, row, options),
                best, spare);
     if (best.score > known) store(best, out, row);
-    search_live(best, row, options);
+    search_live(best, again.at, options);
   }
 
-  void search_live(const Draft& best, int32_t row, const SetOptions& options) {
-    if (best.score < options.enough) searches_.push_back({row, 0, 0, false, false, false});
+  void search_live(const Draft& best, const BatchRow& at, const SetOptions& options) {
+    if (best.score < options.enough) searches_.push_back({at, 0, 0, false, false});
   }
 
   // What the row holds so far.
@@ -246,9 +225,9 @@ class StepWorker {
     return draft;
   }
 
-  void draft_live(const OpenRequest& request, const Search& search, const DraftRows& out, const SetOptions& options,
-                  const Calibration& calibration) {
-    const int32_t row = search.row;
+  void draft_live(const Search& search, const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
+    const OpenRequest& request = *search.at.request;
+    const int32_t row = search.at.row;
     Draft best = draft_in(out, row), spare = scratch();
     if (search.found) {
       const LiveView live{*request.live, request.sequence, request.cursor};
@@ -256,14 +235,16 @@ class StepWorker {
       draft_from(live, options.max_candidates, calibration, limits_of(request, out, row, options), best, spare);
       if (best.score > known) store(best, out, row);
     }
-    if (best.score < options.shared_below) ask_shared(request, row);
+    if (best.score < options.shared_below) ask_shared(search.at);
   }
 
-  void ask_shared(const OpenRequest& request, int32_t row) {
+  void ask_shared(const BatchRow& at) {
+    const OpenRequest& request = *at.request;
     if (!request.shared) return;
-    poor_.push_back({row, {}});
-    request.live->copy_last(request.cursor, poor_.back().recent.tokens);
-    request.shared->prefetch_slots(poor_.back().recent);
+    poor_.emplace_back();
+    poor_.back().at = at;
+    request.live->copy_last(request.cursor, poor_.back().look.recent);
+    request.shared->begin(poor_.back().look);
   }
 
   // The tree's score: the expected number of its tokens that are accepted.
@@ -281,89 +262,18 @@ class StepWorker {
     return std::accumulate(tree.probs, tree.probs + tree.count, 0.0f);
   }
 
-  void draft_shared(const std::vector<OpenRequest*>& requests, const DraftRows& out, const SetOptions& options,
-                    const Calibration& calibration) {
-    for (const auto& [row, recent] : poor_) requests[row]->shared->prefetch_text(recent);
-    for (const auto& [row, recent] : poor_) {
-      DraftLimits limits = limits_of(*requests[row], out, row, options);
+  void draft_shared(const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
+    for (Poor& poor : poor_) poor.at.request->shared->find(poor.look);
+    for (const Poor& poor : poor_) {
+      const int32_t row = poor.at.row;
+      DraftLimits limits = limits_of(*poor.at.request, out, row, options);
       limits.min_match = options.min_match;
       Draft best = draft_in(out, row), spare = scratch();
-      if (requests[row]->shared->draft(recent, calibration, limits, best, spare)) store(best, out, row);
+      if (poor.at.request->shared->draft(poor.look, calibration, limits, best, spare)) store(best, out, row);
     }
   }
 
-  // Takes turns between the walks of up to kBlockRows rows; where one has passed its tokens, the next row's begins, so
-  // that there are always enough loads under way.
-  void advance_frozen(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t first,
-                      size_t last, const int32_t* values, const int64_t* offsets) {
-    const auto fetch_path = [&](size_t i) {
-      const OpenRequest& request = *requests[order[i]];
-      const int64_t count = offsets[order[i] + 1] - offsets[order[i]];
-      prefetch(&request.frozen->state(request.at));
-      request.frozen->prefetch_path(request.at, static_cast<int>(std::min<int64_t>(count, kPathTokens)));
-      if (count) request.frozen->prefetch_token(values[offsets[order[i] + 1] - 1]);
-    };
-    size_t next = first, fetched = first, active = 0;
-    while (active || next < last) {
-      for (; fetched < last && fetched < next + kBlockRows; ++fetched) fetch_path(fetched);
-      for (; active < kBlockRows && next < fetched; ++next) {
-        const int32_t row = order[next];
-        OpenRequest& request = *requests[row];
-        Turn& turn = turns_[active];
-        turn = {{values + offsets[row], values + offsets[row + 1], request.at, request.matched, false, false}, &request};
-        request.frozen->follow_path(turn.walk);
-        if (turn.walk.done()) turn.leave();
-        else ++active;
-      }
-      // All walks do the same at a time, which a processor predicts better than what each of them does next.
-      for (size_t i = 0; i < active; ++i) turns_[i].request->frozen->advance(turns_[i].walk);
-      for (size_t i = 0; i < active;) {
-        Turn& turn = turns_[i];
-        turn.request->frozen->branch_off(turn.walk);
-        if (turn.walk.done()) {
-          turn.leave();
-          turn = turns_[--active];
-        } else {
-          ++i;
-        }
-      }
-    }
-  }
-
-  // The live tiers' part of `extend`.
-  void append_live(const std::vector<OpenRequest*>& requests, const std::vector<int32_t>& order, size_t begin, size_t end,
-                   const int32_t* values, const int64_t* offsets) {
-    for (size_t i = begin; i < end; ++i) {
-      const int32_t row = order[i];
-      const OpenRequest& request = *requests[row];
-      request.live->prefetch_end(request.cursor);
-      int32_t before = request.last_token;
-      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j) {
-        request.live->prefetch_append(before, values[j]);
-        before = values[j];
-      }
-    }
-    for (size_t i = begin; i < end; ++i) {
-      const int32_t row = order[i];
-      OpenRequest& request = *requests[row];
-      Live& live = *request.live;
-      uint32_t cursor = request.cursor;
-      for (int64_t j = offsets[row]; j < offsets[row + 1]; ++j) live.append(cursor, values[j]);
-      request.cursor = cursor;
-      request.length += static_cast<int32_t>(offsets[row + 1] - offsets[row]);
-      if (offsets[row] != offsets[row + 1]) request.last_token = values[offsets[row + 1] - 1];
-    }
-  }
-
-  struct Turn {
-    Frozen::Walk walk;
-    OpenRequest* request;
-    void leave() const {
-      request->at = walk.at;
-      request->matched = walk.matched;
-    }
-  };
-  std::array<Turn, kBlockRows> turns_;
+  Extender extender_;
   TreeDrafter tree_drafter_;
   std::vector<Again> again_;
   std::vector<Search> searches_;
