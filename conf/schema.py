@@ -140,7 +140,9 @@ class DrafterConfig(Strict):
     shared_tokens: NonNegativeInt = Field(
         4_000_000, description="suffix: newest tokens of all prompts, for prompts that know little; 0: none."
     )
-    index_threads: PositiveInt = Field(1, description="suffix: threads of the native index in batches of 512 and more.")
+    index_threads: PositiveInt = Field(
+        1, description="suffix: threads of the native index in batches of 1,024 and more."
+    )
     share_index: bool = Field(True, description="suffix: one worker of a node builds the index, the others map it.")
 
 

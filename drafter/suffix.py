@@ -80,7 +80,7 @@ class SuffixDrafter:
         max_index_tokens: int = 64_000_000,
         shared_tokens: int = 4_000_000,
         num_threads: int = 1,
-        threads_from: int = 512,
+        threads_from: int = 1024,
         folder: SharedFolder | None = None,
     ) -> None:
         if not 0.0 < decay <= 1.0:

@@ -51,7 +51,7 @@ class NativeSuffixIndexes:
         max_index_tokens: int,
         shared_tokens: int = 0,
         num_threads: int = 1,
-        threads_from: int = 512,
+        threads_from: int = 1024,
         folder: SharedFolder | None = None,
     ) -> None:
         if _native is None:

@@ -105,7 +105,7 @@ void bind_suffix_index(py::module_& m) {
              return new SuffixIndexSet(options, threads, threads_from);
            }),
            py::arg("min_match") = 1, py::arg("max_candidates") = 2, py::arg("escape") = 0.5f, py::arg("threads") = 1,
-           py::arg("threads_from") = 512)
+           py::arg("threads_from") = 1024)
       .def(
           "begin",
           [](SuffixIndexSet& set, int64_t uid, const std::string& prompt_id, const In<int32_t>& prompt) {

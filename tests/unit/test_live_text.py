@@ -84,3 +84,25 @@ def test_text_is_found_again_after_the_table_has_grown() -> None:
         for at in range(0, 4_900, 350):
             extend(index, [9], [text[at : at + 4]])
             assert Drafts(index, [9], limit=4).tokens == [text[at + 4 : at + 8]]
+
+
+def test_a_batch_is_written_as_its_rows_are() -> None:
+    """Rows of several prompts in one call, much and little text a row, past the growth of every prompt's table."""
+    rng = np.random.default_rng(6)
+    together, apart = (_native.SuffixIndexSet() for _ in range(2))
+    uids = list(range(12))
+    for uid in uids:
+        for index in (together, apart):
+            begin(index, uid, f"p{uid % 3}")
+    phrases = [rng.integers(0, 5_000, 40).tolist() for _ in range(30)]
+    for step in range(60):
+        parts = [
+            [token for _ in range(int(rng.integers(0, 4))) for token in phrases[int(rng.integers(30))]] for _ in uids
+        ]
+        extend(together, uids, parts)
+        for row in np.argsort([uid % 3 for uid in uids], kind="stable").tolist():
+            extend(apart, [uids[row]], [parts[row]])
+        if step % 10 == 9:
+            a, b = (Drafts(index, uids, limit=8) for index in (together, apart))
+            assert (a.tokens, a.probs, a.match_len) == (b.tokens, b.probs, b.match_len)
+    assert together.stats()["live_tokens"] == apart.stats()["live_tokens"] > 3 * 8192
