@@ -33,7 +33,7 @@ struct SetStats {
 class SuffixIndexSet {
  public:
   SuffixIndexSet(const SetOptions& options, size_t num_threads, int64_t threads_from)
-      : options_(options), threads_from_(threads_from), workers_(num_threads) {
+      : options_(options), threads_from_(threads_from), num_threads_(num_threads), workers_(1) {
     if (options.min_match < 1 || options.max_candidates < 1 || !(options.escape >= 0.0f) || num_threads < 1)
       throw std::invalid_argument("min_match, max_candidates and threads must be at least 1 and escape at least 0");
   }
@@ -295,19 +295,22 @@ class SuffixIndexSet {
     is_sorted_ = true;
   }
 
-  // Deals the rows to the workers, never two with the same live tier.
+  // Deals the rows to workers, never two with the same live tier. More parts than threads: a thread that the system wakes
+  // late, which takes as long as drafting for some hundred rows, still finds work.
   template <typename Work>
   void in_parts(int64_t rows, Work work) {
     const size_t count = static_cast<size_t>(rows);
-    if (workers_.size() == 1 || rows < threads_from_) return work(workers_[0], 0, count);
-    if (!threads_) threads_.emplace(workers_.size() - 1);
+    if (num_threads_ == 1 || rows < threads_from_) return work(workers_[0], 0, count);
+    if (!threads_) threads_.emplace(num_threads_ - 1);
+    const size_t parts = std::max(num_threads_, count / kPartRows);
+    if (workers_.size() < parts) workers_.resize(parts);
     cuts_.assign(1, 0);
-    for (size_t part = 1; part <= workers_.size(); ++part) {
-      size_t cut = std::max(cuts_.back(), count * part / workers_.size());
+    for (size_t part = 1; part <= parts; ++part) {
+      size_t cut = std::max(cuts_.back(), count * part / parts);
       while (cut > 0 && cut < count && batch_[cut].request->live == batch_[cut - 1].request->live) ++cut;
       cuts_.push_back(cut);
     }
-    threads_->run(workers_.size(), [&](size_t part) {
+    threads_->run(parts, [&](size_t part) {
       if (cuts_[part] < cuts_[part + 1]) work(workers_[part], cuts_[part], cuts_[part + 1]);
     });
   }
@@ -343,7 +346,9 @@ class SuffixIndexSet {
   }
 
   const SetOptions options_;
+  static constexpr size_t kPartRows = 128;
   const int64_t threads_from_;
+  const size_t num_threads_;
   std::mutex mutex_;
   bool closed_ = false;
   std::shared_ptr<IndexMemory> memory_ = std::make_shared<IndexMemory>();
@@ -362,7 +367,7 @@ class SuffixIndexSet {
   uint64_t num_calls_ = 0;
   Batch batch_;
   std::vector<size_t> found_, cuts_;
-  std::vector<StepWorker> workers_;
+  std::vector<StepWorker> workers_;  // by part
   std::optional<StepThreads> threads_;
   Builder builder_;
 };
