@@ -7,6 +7,10 @@
 // - A token of the text carries, in its upper bits, the most votes it got in any of its contexts; 0 where the majority is
 //   another token. Token ids are below kGap.
 #pragma once
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <vector>
 
 #include "block.h"
@@ -111,9 +115,29 @@ class SharedText {
     return find_tag(slots_ + at.first, at.tag);
   }
   static const Slot* find_tag(const Slot* bucket, uint16_t tag) {
-    for (const Slot* slot = bucket; slot < bucket + kWays; ++slot)
-      if (slot->next && slot->tag == tag) return slot;
-    return nullptr;
+    // Without a branch for each slot: where it stands cannot be predicted. An empty slot's tag is 0, and those behind it
+    // are empty too.
+    const uint32_t same = which_bear(bucket, tag);
+    if (!same) return nullptr;
+    const Slot* slot = bucket + __builtin_ctz(same);
+    return slot->next ? slot : nullptr;
+  }
+
+  // Bit k: whether slot k of a bucket bears the tag.
+  static uint32_t which_bear(const Slot* bucket, uint16_t tag) {
+#ifdef __SSE2__
+    const __m128i wanted = _mm_set1_epi32(tag), low = _mm_set1_epi32(0xFFFF);
+    const auto four = [&](const Slot* slots) {
+      const auto* pairs = reinterpret_cast<const float*>(slots);
+      const __m128 upper = _mm_shuffle_ps(_mm_loadu_ps(pairs), _mm_loadu_ps(pairs + 4), _MM_SHUFFLE(3, 1, 3, 1));
+      return _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_and_si128(_mm_castps_si128(upper), low), wanted)));
+    };
+    return static_cast<uint32_t>(four(bucket) | four(bucket + 4) << 4);
+#else
+    uint32_t same = 0;
+    for (uint32_t k = 0; k < kWays; ++k) same |= static_cast<uint32_t>(bucket[k].tag == tag) << k;
+    return same;
+#endif
   }
 
   uint32_t token(size_t at) const { return text_[at] & kGap; }

@@ -74,15 +74,18 @@ class StepWorker {
   struct Again {
     BatchRow at;
     Contexts contexts;
+    float score;  // of the draft that the row holds so far
   };
   // A row that drafts from the shared text too.
   struct Poor {
     BatchRow at;
+    float score;
     SharedText::Look look;
   };
   // A row that drafts from the live tier too, and the place that is being fetched for it.
   struct Search {
     BatchRow at;
+    float score;
     uint32_t place;
     int hops;
     bool singles, found;
@@ -97,7 +100,7 @@ class StepWorker {
       if (request.matched < 0) request.matched = frozen.length;
       request.frozen->prefetch_ages();
       prefetch_path(batch[i], request.at, out);
-      if (frozen.link >= 0) prefetch(&request.frozen->state(frozen.link));
+      prefetch(&request.frozen->state(std::max(frozen.link, kFrozenRoot)));
     }
     for (size_t i = begin; i < end; ++i)
       if (batch[i].request->at != kFrozenRoot) prefetch_jump(batch[i], batch[i].request->at, out);
@@ -181,15 +184,15 @@ class StepWorker {
     Draft best = scratch(), spare = row_of(out, row);  // mostly the first draft is the one that stays
     if (limits.max_tokens > 0) {
       if (out.branching[row] > 1) {
-        if (draft_tree(request, out, row, options, calibration, limits) < options.shared_below)
-          ask_shared(at);
+        if (const float score = draft_tree(request, out, row, options, calibration, limits); score < options.shared_below)
+          ask_shared(at, score);
         return;
       }
       Contexts contexts{request.at, request.matched, options.max_candidates};
       draft_from(*request.frozen, contexts, 1, calibration, limits, best, spare);
       if (best.score < options.enough) request.live->prefetch_end(request.cursor);
       if (contexts.any(limits, best)) {
-        again_.push_back({at, contexts});
+        again_.push_back({at, contexts, best.score});
         prefetch_path(at, contexts.at, out);
       } else {
         search_live(best, at, options);
@@ -203,46 +206,45 @@ class StepWorker {
   void draft_again(Again& again, const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
     const OpenRequest& request = *again.at.request;
     const int32_t row = again.at.row;
-    Draft best = draft_in(out, row), spare = scratch();
-    const float known = best.score;
+    Draft best = draft_in(out, row, again.score), spare = scratch();
     draft_from(*request.frozen, again.contexts, again.contexts.left, calibration, limits_of(request, out, row, options),
                best, spare);
-    if (best.score > known) store(best, out, row);
+    if (best.score > again.score) store(best, out, row);
     search_live(best, again.at, options);
   }
 
   void search_live(const Draft& best, const BatchRow& at, const SetOptions& options) {
-    if (best.score < options.enough) searches_.push_back({at, 0, 0, false, false});
+    if (best.score < options.enough) searches_.push_back({at, best.score, 0, 0, false, false});
   }
 
   // What the row holds so far.
-  static Draft draft_in(const DraftRows& out, int32_t row) {
+  static Draft draft_in(const DraftRows& out, int32_t row, float score) {
     Draft draft = row_of(out, row);
     draft.count = out.count[row];
     draft.match_len = out.match_len[row];
     draft.source = static_cast<Source>(out.source[row]);
-    for (int i = 0; i < draft.count; ++i) draft.score += draft.probs[i];
+    draft.score = score;
     return draft;
   }
 
   void draft_live(const Search& search, const DraftRows& out, const SetOptions& options, const Calibration& calibration) {
     const OpenRequest& request = *search.at.request;
     const int32_t row = search.at.row;
-    Draft best = draft_in(out, row), spare = scratch();
+    Draft best = draft_in(out, row, search.score), spare = scratch();
     if (search.found) {
       const LiveView live{*request.live, request.sequence, request.cursor};
-      const float known = best.score;
       draft_from(live, options.max_candidates, calibration, limits_of(request, out, row, options), best, spare);
-      if (best.score > known) store(best, out, row);
+      if (best.score > search.score) store(best, out, row);
     }
-    if (best.score < options.shared_below) ask_shared(search.at);
+    if (best.score < options.shared_below) ask_shared(search.at, best.score);
   }
 
-  void ask_shared(const BatchRow& at) {
+  void ask_shared(const BatchRow& at, float score) {
     const OpenRequest& request = *at.request;
     if (!request.shared) return;
     poor_.emplace_back();
     poor_.back().at = at;
+    poor_.back().score = score;
     request.live->copy_last(request.cursor, poor_.back().look.recent);
     request.shared->begin(poor_.back().look);
   }
@@ -268,7 +270,7 @@ class StepWorker {
       const int32_t row = poor.at.row;
       DraftLimits limits = limits_of(*poor.at.request, out, row, options);
       limits.min_match = options.min_match;
-      Draft best = draft_in(out, row), spare = scratch();
+      Draft best = draft_in(out, row, poor.score), spare = scratch();
       if (poor.at.request->shared->draft(poor.look, calibration, limits, best, spare)) store(best, out, row);
     }
   }
